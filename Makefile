@@ -1,0 +1,49 @@
+# Two commands do it all: "make course" runs every lesson, "make test" checks everything.
+# Each makes its own Python environment in .venv first. Other Python:  make course PYTHON=python3.12
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+# Seconds that one cell of a lesson may take under test, on a slow machine.
+CELL_TIMEOUT ?= 900
+
+.PHONY: help course test notebooks lab doctor clean
+.NOTPARALLEL:
+
+help:  ## list these commands
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1|/' | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
+
+course: $(READY)  ## run all lessons on the built-in data; results and pages in out/
+	$(BIN)/python -m fedssg_helpers run $(ARGS)
+
+# A fresh FEDSSG_OUT: no cached run may stand in for a computation under test.
+test: $(READY)  ## unit tests, then every lesson cell by cell
+	$(BIN)/python -m pytest tests
+	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
+	echo "FEDSSG_OUT=$$out $(BIN)/python -m pytest --nbval-lax --nbval-current-env notebooks" && \
+	FEDSSG_OUT="$$out" $(BIN)/python -m pytest --nbval-lax --nbval-current-env \
+		--nbval-cell-timeout=$(CELL_TIMEOUT) -p no:cacheprovider notebooks
+
+notebooks: $(READY)  ## run the committed notebooks again, in place
+	$(BIN)/python -m fedssg_helpers refresh $(ARGS)
+
+lab: $(READY)  ## open the lessons in JupyterLab
+	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+doctor: $(READY)  ## is this machine ready for class?
+	$(BIN)/python -m fedssg_helpers doctor
+
+clean:  ## remove the environment and everything computed
+	rm -rf .venv out build *.egg-info .pytest_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+# Made once, and again only when the dependencies change. One pip call: torch and torchvision must match.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "error: '$(PYTHON)' is not Python 3.11 or newer. Install one, or name it: make course PYTHON=python3.12" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv || { \
+		echo "error: '$(PYTHON) -m venv' failed. On Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
+	@echo "Installing into .venv (PyTorch, JupyterLab and the rest: some minutes and about 6 GB) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]' || { \
+		echo "error: pip could not install; its own words are above. Without a network, or with less than 8 GB free, this cannot work." >&2; exit 1; }
+	@touch $@
+	@echo "Installed."
