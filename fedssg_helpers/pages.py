@@ -9,6 +9,8 @@ from pathlib import Path
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 DIALS = "<p><em>Here is an explorer: move the dials in JupyterLab.</em></p>"
+# Lines of the lessons' pages stay readable on a projector.
+READABLE = "<style>body { max-width: 62rem; margin: 0 auto !important; padding: 1rem }</style>"
 
 
 def stripped(notebook, keep_dials: bool = False):
@@ -78,6 +80,8 @@ def page(notebook_path: Path, pictures: Path) -> str:
     text = text.replace('<script src=""></script>', "")
     text = re.sub(r'<script type="module">.*?</script>', "", text, flags=re.S)  # diagrams that no lesson uses
     text = re.sub(r'<script src="(http[^"]*mathjax[^"]*)">', r'<script async src="\1">', text, flags=re.I)
+    text = text.replace("</head>", READABLE + "</head>", 1)
+    text = re.sub(r"<body[^>]*>", r'\g<0><p><a href="index.html">All lessons</a></p>', text, count=1)
     return re.sub(r'href="(\d\d_\w+)\.ipynb', r'href="\1.html', text)
 
 

@@ -1,0 +1,108 @@
+"""What a newcomer meets: the list of packages, the top level, the committed notebooks, the two commands."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+LESSONS = [path for path in NOTEBOOKS if re.match(r"\d\d_", path.name)]
+TOP_LEVEL = {
+    ".ci",
+    ".gitignore",
+    "LICENSE",
+    "Makefile",
+    "README.md",
+    "data",
+    "environment.yml",
+    "fedssg_helpers",
+    "notebooks",
+    "pyproject.toml",
+    "tests",
+}
+
+
+def read(path: Path):
+    return nbformat.read(path, as_version=4)
+
+
+def test_conda_and_pip_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    text = (ROOT / "environment.yml").read_text()
+    conda = yaml.safe_load(text)["dependencies"]
+    pip = next(entry["pip"] for entry in conda if isinstance(entry, dict))
+    assert sorted(set(pip) - {"-e ."}) == sorted(project["dependencies"])
+    assert f"python{project['requires-python']}" in conda
+    lines = re.findall(r"^ +- (?!pip:|conda-forge).*$", text, flags=re.M)
+    assert all("#" in line for line in lines), "every package has its reason beside it"
+
+
+def test_extras_for_later_lessons_are_there():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {"test", "flower", "privacy"} <= set(extras)
+
+
+def test_top_level_holds_nothing_else():
+    listing = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listing.returncode or not listing.stdout:
+        pytest.skip("not a git checkout")
+    assert {line.split("/")[0] for line in listing.stdout.splitlines()} <= TOP_LEVEL
+
+
+def test_ci_script_can_be_started():
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+
+
+def test_make_names_the_cure_for_an_old_python(tmp_path):
+    for name in ("Makefile", "pyproject.toml"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    for command in ("course", "test"):
+        result = subprocess.run(
+            ["make", command, "PYTHON=false"], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
+        assert result.returncode and "not Python 3.11 or newer" in result.stderr
+        assert not (tmp_path / ".venv").exists()
+
+
+def test_make_help_lists_the_two_commands():
+    result = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert {"make course", "make test"} <= {line[:13].strip() for line in result.stdout.splitlines()}
+
+
+def test_the_five_lessons_are_committed():
+    assert [path.name[:2] for path in LESSONS][:5] == ["00", "01", "02", "03", "04"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_committed_clean(path):
+    notebook = read(path)
+    assert notebook.metadata.kernelspec.name == "python3"
+    assert notebook.metadata.kernelspec.language == "python", "papermill stops without it"
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}, "no widget state, no runner's metadata"
+    assert "version" not in notebook.metadata.language_info
+    for cell in notebook.cells:
+        assert not {"papermill", "execution"} & set(cell.metadata)
+        assert "injected-parameters" not in cell.metadata.get("tags", [])
+    assert "widget-state" not in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+def test_lesson_is_committed_executed(path):
+    cells = [cell for cell in read(path).cells if cell.cell_type == "code" and cell.source.strip()]
+    assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)], "make notebooks"
+    outputs = [output for cell in cells for output in cell.outputs]
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"]
+    assert not [o for o in outputs if any("widget" in kind for kind in o.get("data", {}))]
+    assert any("image/png" in o.get("data", {}) for o in outputs), "a reader without a kernel sees no picture"
+    tags = [tag for cell in cells for tag in cell.metadata.get("tags", [])]
+    assert tags.count("parameters") == 1 and tags.count("headline") == 1
+    headline = next(cell for cell in cells if "headline" in cell.metadata.get("tags", []))
+    assert any("image/png" in output.get("data", {}) for output in headline.outputs)
