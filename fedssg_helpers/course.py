@@ -127,7 +127,7 @@ def progress(total: int):
 
     screen = sys.stderr.isatty()
     shape = "{desc} |{bar:20}| {percentage:3.0f} % {elapsed}"
-    with tqdm(total=total, bar_format=shape, mininterval=0.1 if screen else 15, dynamic_ncols=screen) as bar:
+    with tqdm(total=total, bar_format=shape, dynamic_ncols=screen) as bar:
         stop = threading.Event()
 
         def tick():

@@ -1,0 +1,66 @@
+"""Judging a classifier: everything is read off confusion matrices that were summed first.
+
+A mean of per-hospital or per-device scores weighs a device with ten test images like one with a thousand, and
+a class that a device's test set lacks has no recall at all (it is left out, never counted as 0). So matrices
+are summed, and scores computed from the sum.
+"""
+from __future__ import annotations
+
+import numpy as np
+
+
+def confusions(labels, predicted, device, classes: int, devices: int) -> np.ndarray:
+    """One confusion matrix per device.
+
+    Parameters
+    ----------
+    labels, predicted, device : int arrays (N,)
+        True class, predicted class, device index of each test image.
+    classes, devices : int
+        Number of classes C and devices D.
+
+    Returns
+    -------
+    int64 array (D, C, C)
+        ``[d, i, j]`` counts images of device d and class i that were called j.
+    """
+    cell = (np.asarray(device) * classes + np.asarray(labels)) * classes + np.asarray(predicted)
+    return np.bincount(cell, minlength=devices * classes * classes).reshape(devices, classes, classes)
+
+
+def recall(confusion: np.ndarray) -> np.ndarray:
+    """Recall of each class, 0..1, from matrices (..., C, C); NaN for a class without test images."""
+    total = confusion.sum(-1)
+    hit = np.diagonal(confusion, axis1=-2, axis2=-1)
+    return np.divide(hit, total, out=np.full(total.shape, np.nan), where=total > 0)
+
+
+def balanced_accuracy(confusion: np.ndarray) -> float:
+    """Mean recall over the classes that the test set has, 0..1, from one matrix (C, C); NaN if it is empty."""
+    rates = recall(confusion)
+    return float(np.nanmean(rates)) if np.isfinite(rates).any() else float("nan")
+
+
+def macro_f1(confusion: np.ndarray) -> float:
+    """Mean F1 score, 0..1, over the classes that occur in the test set or in the predictions, from (C, C)."""
+    hit = np.diagonal(confusion)
+    size = confusion.sum(0) + confusion.sum(1)
+    return float(np.mean(2 * hit[size > 0] / size[size > 0])) if (size > 0).any() else float("nan")
+
+
+def summary(confusion: np.ndarray, train_counts) -> dict[str, float]:
+    """The course's scores from matrices (D, C, C); `train_counts` (C,) says which classes are rare.
+
+    Returns balanced_accuracy, macro_f1, accuracy and rare_recall (the rarest three classes of the training data;
+    the rarer half where there are fewer than six) on the pooled test set, and worst_device_balanced_accuracy.
+    """
+    pooled, counts = confusion.sum(0), np.asarray(train_counts)
+    rare = np.argsort(counts, kind="stable")[:max(1, min(3, len(counts) // 2))]
+    rare_rates = recall(pooled)[rare]
+    return {
+        "balanced_accuracy": balanced_accuracy(pooled),
+        "macro_f1": macro_f1(pooled),
+        "accuracy": float(np.trace(pooled) / max(pooled.sum(), 1)),
+        "worst_device_balanced_accuracy": float(np.nanmin([balanced_accuracy(c) for c in confusion])),
+        "rare_recall": float(np.nanmean(rare_rates)) if np.isfinite(rare_rates).any() else float("nan"),
+    }
