@@ -1,5 +1,6 @@
 # Two commands do it all: "make course" runs every lesson, "make test" checks everything.
 # Each makes its own Python environment in .venv first. Other Python:  make course PYTHON=python3.12
+# Other data or settings:  make course ARGS="--data ham10000 --profile full"
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready

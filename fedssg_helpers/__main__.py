@@ -88,7 +88,8 @@ def run(options: argparse.Namespace) -> None:
         raise CourseError(str(error)) from None
     start = time.perf_counter()
     course.run(paths, parameters, out, label, options.profile, options.resume, everything=not options.only)
-    print(f"{len(paths)} lessons in {duration(time.perf_counter() - start)}. Open {out / 'index.html'}")
+    count = f"{len(paths)} lesson{'s' * (len(paths) > 1)}"
+    print(f"{count} in {duration(time.perf_counter() - start)}. Open {out / 'index.html'}")
 
 
 def speed(seconds: float = 0.5) -> float:
@@ -214,7 +215,9 @@ def main(words: list[str] | None = None) -> int:
     """
     words = sys.argv[1:] if words is None else words
     options = arguments(words)
-    again = shlex.join(["python", "-m", "fedssg_helpers", *words])
+    own = Path(sys.executable)  # shown as typed in the project's folder: .venv/bin/python
+    python = str(own.relative_to(Path.cwd())) if own.is_relative_to(Path.cwd()) else "python"
+    again = shlex.join([python, "-m", "fedssg_helpers", *words])
     again += "" if "--resume" in words else " --resume"
     try:
         if options.command == "run":
