@@ -16,13 +16,12 @@ help:  ## list these commands
 course: $(READY)  ## run all lessons on the built-in data; results and pages in out/
 	$(BIN)/python -m fedssg_helpers run $(ARGS)
 
-# A fresh FEDSSG_OUT: no cached run may stand in for a computation under test.
+# A fresh FEDSSG_OUT: no cached run of an earlier day may stand in for a computation under test.
 test: $(READY)  ## unit tests, then every lesson cell by cell
-	$(BIN)/python -m pytest tests
 	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
-	echo "FEDSSG_OUT=$$out $(BIN)/python -m pytest --nbval-lax --nbval-current-env notebooks" && \
+	echo "FEDSSG_OUT=$$out $(BIN)/python -m pytest --nbval-lax --nbval-current-env tests notebooks" && \
 	FEDSSG_OUT="$$out" $(BIN)/python -m pytest --nbval-lax --nbval-current-env \
-		--nbval-cell-timeout=$(CELL_TIMEOUT) -p no:cacheprovider notebooks
+		--nbval-cell-timeout=$(CELL_TIMEOUT) -p no:cacheprovider tests notebooks
 
 notebooks: $(READY)  ## run the committed notebooks again, in place
 	$(BIN)/python -m fedssg_helpers refresh $(ARGS)

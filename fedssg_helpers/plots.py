@@ -60,7 +60,7 @@ def cell_gallery(data, per_cell: int = 3, random: np.random.Generator | None = N
     for c, row in enumerate(axes):
         for d, axis in enumerate(row):
             cell = np.flatnonzero((data.labels == c) & (data.device == d))
-            strip(axis, data.images[random.permutation(cell)[:per_cell]], data.devices[d] if c == 0 else "")
+            strip(axis, data.images[random.permutation(cell)[:per_cell]], data.devices[d] if c == 0 else "", per_cell)
         row[0].text(-0.08, 0.5, data.classes[c], ha="right", va="center", transform=row[0].transAxes)
     return figure
 
