@@ -58,7 +58,7 @@ def outline(random, u, v, size: float, ragged: float, lobes: int = 6, stretch: f
     x, y = x * ratio, y / ratio
     around, border = np.arctan2(y, x), 1.0
     for k in range(2, lobes + 1):
-        border = border + ragged * random.normal() / np.sqrt(k) * np.cos(k * around + random.uniform(0, 2 * np.pi))
+        border = border + ragged * random.normal() / k**0.8 * np.cos(k * around + random.uniform(0, 2 * np.pi))
     return np.hypot(x, y) / (size * np.maximum(border, 0.3))
 
 
@@ -84,7 +84,7 @@ def network(random, u, v, period: float, warp: float) -> np.ndarray:
     angle = random.uniform(0, np.pi)
     comb = sum(np.cos(2 * np.pi / period * (np.cos(angle + i * np.pi / 3) * u + np.sin(angle + i * np.pi / 3) * v))
                for i in range(3))
-    return 1 / (1 + np.exp(2.5 * (comb - 0.2)))
+    return 1 / (1 + np.exp(1.8 * (comb - 0.1)))
 
 
 def strands(random, u, v, count: int, spread: float, width: float) -> np.ndarray:
@@ -104,38 +104,38 @@ def strands(random, u, v, count: int, spread: float, width: float) -> np.ndarray
 # is: the untypical ones of all classes resemble one another, and that is what makes the task hard.
 
 def naevus(random, u, v, much):
-    rho = outline(random, u, v, random.uniform(0.35, 0.68), 0.05 + 0.10 * (1 - much))
+    rho = outline(random, u, v, random.uniform(0.35, 0.68), 0.04 + 0.12 * (1 - much))
     body, dark = inside(rho, random.uniform(0.05, 0.13)), random.uniform(0.35, 1.1)
     tone = 1 + 0.10 * waves(random, u, v, 1.2) + 0.35 * (1 - np.minimum(rho, 1.2)) * random.uniform(-0.4, 1)
     if random.uniform() < 0.65:
-        tone = tone + (0.3 + 0.6 * much) * (network(random, u, v, random.uniform(0.26, 0.36), 0.02) - 0.5)
+        tone = tone + (0.2 + 0.4 * much) * (network(random, u, v, random.uniform(0.22, 0.30), 0.03) - 0.5)
     else:
         tone = tone + 0.5 * much * spots(random, u, v, random.integers(6, 14), 0.5, 0.08)
-    return dark * body * tone, 0.12 * body + 0 * u, 0 * u, random.uniform(0, 0.12) * body * (rho < 0.6)
+    return dark * body * tone, random.uniform(0.05, 0.35) * body, random.uniform(0, 0.25) * (1 - much) * body, random.uniform(0, 0.12) * body * (rho < 0.6)
 
 
 def keratosis(random, u, v, much):
-    rho = outline(random, u, v, random.uniform(0.45, 0.78), 0.07 + 0.05 * much, lobes=9, stretch=0.25)
+    rho = outline(random, u, v, random.uniform(0.45, 0.78), 0.09 + 0.05 * much, lobes=9, stretch=0.25)
     body, dark = inside(rho, 0.025 + 0.05 * (1 - much)), random.uniform(0.3, 0.95)
     tone = 1 + 0.18 * waves(random, u, v, 0.6) + 0.20 * waves(random, u, v, 0.3) * much
     pores = spots(random, u, v, random.integers(2, 8), 0.5, 0.055) * body
     cysts = spots(random, u, v, random.integers(3, 10), 0.5, 0.06) * body
     return (dark * body * tone + 0.8 * much * pores, 0.10 * body,
-            (0.15 + 0.65 * much * cysts) * body * (1 - pores), 0.10 * body)
+            (0.05 + 0.12 * much + 0.65 * much * cysts) * body * (1 - pores), 0.10 * much * body)
 
 
 def melanoma(random, u, v, much):
     shift = 0.22 * much * random.choice([-1, 1])
-    rho = outline(random, u - shift, v, random.uniform(0.45, 0.78), 0.07 + 0.14 * much, lobes=8, stretch=0.3)
-    rho = rho - 0.25 * much * np.maximum(0, waves(random, u, v, 0.28)) * (rho > 0.8)
-    body, dark = inside(rho, random.uniform(0.03, 0.10)), random.uniform(0.7, 1.3)
+    rho = outline(random, u - shift, v, random.uniform(0.42, 0.70), 0.08 + 0.12 * much, lobes=8, stretch=0.3)
+    rho = rho - 0.16 * much * np.maximum(0, waves(random, u, v, 0.26)) * (1 - inside(rho, 0.06))
+    body, dark = inside(rho, random.uniform(0.03, 0.10)), random.uniform(0.6, 1.2)
     patch = waves(random, u, v, 0.9)
     tone = 1 + (0.15 + 0.45 * much) * patch + 0.4 * (network(random, u, v, 0.34, 0.08) - 0.5)
     tone = tone + 0.6 * much * spots(random, u, v, random.integers(3, 9), 0.55, 0.10)
     veil = inside(outline(random, u - random.normal(0, 0.2), v - random.normal(0, 0.2), 0.3, 0.15), 0.15)
-    pale = np.maximum(0, waves(random, u, v, 0.8) - 0.8)
+    pale = inside(outline(random, u - random.normal(0, 0.3), v - random.normal(0, 0.3), 0.2, 0.2), 0.2) * (1 - veil)
     return (dark * body * np.maximum(tone, 0.15), (0.15 + 0.35 * much * np.maximum(0, -patch)) * body,
-            0.35 * much * pale * body, 0.65 * much * veil * body)
+            0.5 * much * pale * body, 0.6 * much * veil * body)
 
 
 def carcinoma(random, u, v, much):
@@ -153,18 +153,18 @@ def vascular(random, u, v, much):
     body = inside(rho, random.uniform(0.04, 0.10))
     lagoons = spots(random, u, v, random.integers(5, 12), 0.5, random.uniform(0.13, 0.2)) * body
     purple = random.uniform(0, 0.5)
-    return ((0.15 + 0.35 * (1 - much) + 0.5 * purple * lagoons) * body,
-            (0.35 + 0.35 * much) * body + (0.3 + 0.9 * much) * lagoons,
+    return ((0.10 + 0.5 * (1 - much) + 0.5 * purple * lagoons) * body,
+            (0.20 + 0.50 * much) * body + (0.1 + 1.1 * much) * lagoons,
             0.15 * body * (1 - lagoons), purple * 0.3 * lagoons)
 
 
 def fibroma(random, u, v, much):
     rho = outline(random, u, v, random.uniform(0.4, 0.68), 0.06)
     body, dark = inside(rho, random.uniform(0.09, 0.17)), random.uniform(0.35, 0.75)
-    scar = inside(outline(random, u, v, random.uniform(0.2, 0.32), 0.12), 0.10)
-    ring = body * (1 - 0.75 * much * scar)
-    lines = network(random, u, v, random.uniform(0.26, 0.36), 0.03) - 0.5
-    return (dark * ring * (1 + 0.6 * lines), 0.22 * body + 0 * u, 0.6 * much * scar, 0 * u)
+    scar = inside(outline(random, u, v, random.uniform(0.18, 0.30), 0.10), 0.18)
+    ring = body * (1 - (0.2 + 0.7 * much) * scar)
+    lines = network(random, u, v, random.uniform(0.22, 0.30), 0.03) - 0.5
+    return (dark * ring * (1 + 0.5 * lines), 0.22 * body, (0.05 + 0.55 * much) * scar, 0 * u)
 
 
 DRAW = (naevus, keratosis, melanoma, carcinoma, vascular, fibroma)
@@ -175,8 +175,8 @@ DRAW = (naevus, keratosis, melanoma, carcinoma, vascular, fibroma)
 def skin(random, u, v) -> np.ndarray:
     """Bare skin (112, 112, 3), 0..1: a skin tone, a flush, and its mottling."""
     tone, flush = random.beta(1.3, 3.0), random.uniform(0, 0.18)
-    melanin = 0.05 + 0.50 * tone + 0.02 * waves(random, u, v, 0.5) + 0.03 * waves(random, u, v, 1.5)
-    blood = flush + 0.03 * waves(random, u, v, 1.0) + 0.02 * waves(random, u, v, 0.35)
+    melanin = 0.05 + 0.50 * tone + 0.012 * waves(random, u, v, 0.5, 9) + 0.03 * waves(random, u, v, 1.5)
+    blood = flush + 0.03 * waves(random, u, v, 1.0) + 0.012 * waves(random, u, v, 0.35, 9)
     return np.array([0.97, 0.86, 0.80]) * np.exp(-melanin[..., None] * MELANIN - blood[..., None] * BLOOD)
 
 
@@ -190,7 +190,7 @@ def draw(label: int, lesion: int, view: int, seed: int = SEED) -> np.ndarray:
     v = (np.cos(angle) * (y - dy) - np.sin(angle) * (x - dx)) / zoom
 
     image = skin(what, u, v)
-    melanin, blood, white, blue = DRAW[label](what, u, v, what.beta(2.2, 1.4))
+    melanin, blood, white, blue = DRAW[label](what, u, v, what.beta(1.5, 1.4))
     image = image * np.exp(-np.maximum(melanin, 0)[..., None] * MELANIN - np.maximum(blood, 0)[..., None] * BLOOD)
     for amount, colour in ((blue, BLUE), (white, WHITE)):
         amount = np.clip(amount, 0, 1)[..., None]
