@@ -61,11 +61,11 @@ def federation(data: ImageSet, seed: int = 0, *, count: int = 0, **dials) -> Fed
     Parameters
     ----------
     count : int, >= 0
-        Number of hospitals, dealt by `hospitals` with its `dials`. 0: one hospital per device where devices are
-        real, ten hospitals where they are simulated.
+        Number of hospitals, dealt by `hospitals` with its `dials`. 0: one hospital per device where there are
+        several real ones, else (devices simulated, or one only) ten hospitals.
     """
     train, test = split(data, seed=seed)
-    if count == 0 and not data.simulated:
+    if count == 0 and not data.simulated and len(np.unique(data.device[train])) > 1:
         parts, setting = by_device(data, train), "by_device"
     else:
         parts, setting = hospitals(data, train, count or 10, seed=seed, **dials), f"{count or 10}_hospitals"
@@ -82,6 +82,26 @@ def counts(data: ImageSet, parts: list[np.ndarray]) -> np.ndarray:
     shape = (len(data.classes), len(data.devices))
     cells = [data.labels[part] * shape[1] + data.device[part] for part in parts]
     return np.stack([np.bincount(c, minlength=shape[0] * shape[1]).reshape(shape) for c in cells])
+
+
+def divergence(have: np.ndarray, axis: int) -> float:
+    """How far hospitals' mixes lie from the federation's: mean total variation distance, 0..1.
+
+    The distance of one hospital is the part of its images that would have to change class (or device) for its mix
+    to be the federation's; hospitals count by their images. 0: all mixes equal.
+
+    Parameters
+    ----------
+    have : int array (K, C, D)
+        Images per hospital, class and device, at least one in all.
+    axis : int
+        1 for the divergence of classes (labels), 2 for that of devices.
+    """
+    number = have.sum(3 - axis)  # (K, C) or (K, D)
+    size = number.sum(1, keepdims=True)
+    mix, overall = number / np.maximum(size, 1), number.sum(0) / number.sum()
+    distance = 0.5 * np.abs(mix - overall).sum(1)
+    return float((size[:, 0] / size.sum()) @ distance)
 
 
 def by_device(data: ImageSet, index: np.ndarray) -> list[np.ndarray]:

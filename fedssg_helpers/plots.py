@@ -9,6 +9,7 @@ import numpy as np
 import seaborn as sns
 from IPython.display import Code
 from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 COUNTS, RECALL = "viridis", "cividis"  # colour maps that survive grey print and colour-blindness
 _COLOURS = sns.color_palette("colorblind")
@@ -103,3 +104,97 @@ def png(figure: Figure) -> bytes:
     figure.savefig(stream, format="png")
     plt.close(figure)
     return stream.getvalue()
+
+
+def short(names, most: int = 14) -> list[str]:
+    """Names cut to `most` characters, for axes: some data sets name a class in half a sentence."""
+    return [name if len(name) <= most else name[:most - 1].rstrip() + "…" for name in names]
+
+
+def holdings(axis, have, classes, devices, title: str = "") -> None:
+    """Who holds what, in one picture, from counts (K, C, D).
+
+    A row per hospital and a block of D narrow columns per class; hue is the device, depth (log scale) and number
+    are the count. White: not one image.
+    """
+    hospitals, c, d = have.shape
+    colours = np.array(list(device_colours(devices).values()))[:, :3]
+    depth = np.where(have > 0, 0.2 + 0.8 * np.log1p(have) / np.log1p(max(have.max(), 1)), 0.0)[..., None]
+    axis.imshow((1 - depth * (1 - colours)).reshape(hospitals, c * d, 3), aspect="auto", interpolation="nearest")
+    if c * d <= 40:
+        for k, i, j in np.argwhere(have):
+            axis.text(i * d + j, k, have[k, i, j], ha="center", va="center", fontsize=7)
+    axis.set_xticks(np.arange(c) * d + (d - 1) / 2, short(classes), rotation=30, ha="right", rotation_mode="anchor")
+    axis.set_yticks(range(hospitals), [f"hospital {k}" for k in range(hospitals)])
+    for edge in np.arange(c + 1) * d - 0.5:
+        axis.axvline(edge, color="0.6", linewidth=0.8)
+    axis.set_title(title)
+    axis.grid(False)
+
+
+def device_legend(figure: Figure, devices) -> None:
+    """One legend of device colours above a figure's axes."""
+    patches = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in device_colours(devices).values()]
+    figure.legend(patches, list(devices), loc="outside upper center", ncols=min(len(devices), 6), frameon=False)
+
+
+def bars(axis, scores: dict, names, title: str = "", colours: dict = METHOD_COLOURS) -> None:
+    """Scores 0..1 side by side: `scores` maps a method's name to values (n,), `names` (n,) stand below.
+
+    A NaN (nothing to score) is marked by a dash, so that it is not taken for 0.
+    """
+    width, place = 0.8 / len(scores), np.arange(len(names))
+    for i, (name, values) in enumerate(scores.items()):
+        x = place + (i - (len(scores) - 1) / 2) * width
+        axis.bar(x, np.nan_to_num(values), width, color=colours[name], label=name)
+        for at, value in zip(x, values):
+            axis.text(at, np.nan_to_num(value) + 0.01, "–" if np.isnan(value) else f"{value:.2f}", ha="center",
+                      va="bottom", fontsize=8)
+    axis.set_xticks(place, names, rotation=30, ha="right", rotation_mode="anchor")
+    axis.set(title=title, ylim=(0, 1.06))
+    axis.grid(False, axis="x")
+
+
+def method_sketch(clients, pool_images, coverage) -> Figure:
+    """The method in one drawing, with real images of up to three `clients` and the synthetic `pool_images`.
+
+    `coverage` (C, D) is the federation's images per class and device.
+    """
+    figure, axis = plt.subplots(figsize=(11, 5.2))
+    axis.set(xlim=(0, 11), ylim=(0, 5.2), aspect="equal")
+    axis.set_axis_off()
+
+    def box(x, y, width, height, title, colour):
+        axis.add_patch(FancyBboxPatch((x, y), width, height, boxstyle="round,pad=0,rounding_size=0.12",
+                                      facecolor=colour, edgecolor="0.35"))
+        axis.text(x + width / 2, y + height - 0.1, title, ha="center", va="top", weight="bold", fontsize=11)
+
+    def tiles(images, x, y, side, columns):
+        for i, image in enumerate(images):
+            left, top = x + side * 1.06 * (i % columns), y - side * 1.06 * (i // columns)
+            axis.imshow(to_display(image), extent=(left, left + side, top - side, top), zorder=3)
+
+    order = np.argsort([-len(c) for c in clients])[:3]
+    for row, k in enumerate(order):
+        y, client = 3.58 - 1.72 * row, clients[k]
+        box(0.1, y, 3.3, 1.52, f"hospital {k}", "#eef3f8")
+        tiles(client.images[np.linspace(0, len(client) - 1, 5).astype(int)], 0.2, y + 1.1, 0.58, 5)
+        axis.text(1.75, y + 0.42, "real images stay here\nown generator, own copy of the model", ha="center",
+                  va="top", fontsize=9, linespacing=1.15)
+    box(7.9, 0.14, 3.0, 4.96, "server", "#f8f3ea")
+    axis.text(9.4, 4.62, "who has what", ha="center", fontsize=10)
+    shade = np.where(coverage > 0, np.log1p(coverage), np.nan)  # an empty cell stays blank
+    axis.imshow(shade, cmap=COUNTS, extent=(8.5, 10.3, 3.25, 4.5), zorder=3, aspect="auto")
+    axis.text(9.4, 2.82, "pool of synthetic images", ha="center", fontsize=10)
+    tiles(pool_images[np.linspace(0, max(len(pool_images) - 1, 0), min(len(pool_images), 8)).astype(int)],
+          8.15, 2.7, 0.58, 4)
+    axis.text(9.4, 0.8, r"mean of the weights $\sum_k \frac{n_k}{n}\, w_k$", ha="center", fontsize=11)
+    lanes = ((4.25, "-|>", "1   counts per class and device", "once", 2), (3.15, "-|>", "2   synthetic images", "once", 3),
+             (2.05, "<|-", "3   those that a hospital lacks", "once", 3), (0.85, "<|-|>", "4   model weights", "every round", 0))
+    for y, style, text, when, colour in lanes:
+        axis.add_patch(FancyArrowPatch((3.5, y), (7.8, y), arrowstyle=style, mutation_scale=22, linewidth=2.6,
+                                       color=_COLOURS[colour], shrinkA=0, shrinkB=0))
+        axis.text(5.65, y + 0.12, text, ha="center", va="bottom", fontsize=11)
+        axis.text(5.65, y - 0.12, when, ha="center", va="top", fontsize=9, color="0.35")
+    axis.set(xlim=(0, 11), ylim=(0, 5.2))
+    return figure
