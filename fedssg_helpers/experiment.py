@@ -80,7 +80,9 @@ def _fingerprint(data: str, data_dir: str) -> str:
 
 
 def cache_file(job: Job, out: Path) -> Path:
-    """Where a job's run is kept."""
+    """Where a job's run is kept; a ValueError for a method that is not in `METHODS`."""
+    if job.method not in METHODS:
+        raise ValueError(f"there is no method {job.method!r}; the methods are {', '.join(METHODS)}")
     key = json.dumps(asdict(job) | {"data_dir": "", "data": _fingerprint(job.data, job.data_dir),
                                     "recipe": asdict(METHODS[job.method])}, sort_keys=True)
     return out / "cache" / f"{job.method}-{job.seed}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
@@ -106,10 +108,14 @@ def execute(job: Job, out: Path, tick=lambda: None) -> Run:
     """One job, from the cache if it is there; `tick` is called after every round."""
     file = cache_file(job, out)
     if not file.exists():
-        hospitals = federation(job.data, job.data_dir, job.hospitals, job.alpha, job.seed)
-        save(rounds.run(hospitals, METHODS[job.method], job.seed, rounds=job.rounds,
-                        after_round=lambda r, run: tick()), file)
+        _compute(job, file, tick)
     return restore(file)
+
+
+def _compute(job: Job, file: Path, tick) -> None:
+    hospitals = federation(job.data, job.data_dir, job.hospitals, job.alpha, job.seed)
+    save(rounds.run(hospitals, METHODS[job.method], job.seed, rounds=job.rounds,
+                    after_round=lambda r, run: tick()), file)
 
 
 def _start(counter) -> None:
@@ -122,8 +128,8 @@ def _tick() -> None:
         _counter.value += 1
 
 
-def _work(job: Job, out: Path) -> None:
-    execute(job, out, _tick)
+def _work(job: Job, file: Path) -> None:
+    _compute(job, file, _tick)  # the file is named by the caller: helpers edited meanwhile would name another
 
 
 def run_many(jobs: list[Job], out: str = "", workers: int = 2) -> list[Run]:
@@ -137,18 +143,27 @@ def run_many(jobs: list[Job], out: str = "", workers: int = 2) -> list[Run]:
         See `out_folder`; finished runs are kept in its ``cache`` folder and found again.
     workers : int, >= 1
         Processes; 1 computes in this one.
+
+    Raises
+    ------
+    ValueError
+        Fewer than one worker, a method that is not in `METHODS`, or what `rounds.run` raises. Runs that are
+        finished by then stay in the cache, so the next call goes on from there.
     """
+    if workers < 1:
+        raise ValueError(f"workers is {workers}; at least one process is needed")
     folder = out_folder(out)
-    todo = [job for job in dict.fromkeys(jobs) if not cache_file(job, folder).exists()]
+    files = {job: cache_file(job, folder) for job in jobs}
+    todo = [job for job, file in files.items() if not file.exists()]
     with tqdm(total=sum(job.rounds for job in todo), unit="round", leave=False, disable=not todo) as bar:
         if workers == 1 or len(todo) == 1:
             for job in todo:
-                execute(job, folder, bar.update)
+                _compute(job, files[job], bar.update)
         elif todo:
             context = multiprocessing.get_context("spawn")
             counter = context.Value("i", 0)
             with ProcessPoolExecutor(min(workers, len(todo)), context, _start, (counter,)) as pool:
-                pending = {pool.submit(_work, job, folder) for job in todo}
+                pending = {pool.submit(_work, job, files[job]) for job in todo}
                 try:
                     while pending:
                         done, pending = wait(pending, timeout=0.5)
@@ -158,7 +173,7 @@ def run_many(jobs: list[Job], out: str = "", workers: int = 2) -> list[Run]:
                 except BaseException:
                     pool.shutdown(cancel_futures=True)
                     raise
-    return [restore(cache_file(job, folder)) for job in jobs]
+    return [restore(files[job]) for job in jobs]
 
 
 def table(jobs: list[Job], runs: list[Run]) -> pd.DataFrame:

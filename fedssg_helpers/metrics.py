@@ -7,6 +7,7 @@ are summed, and scores computed from the sum.
 from __future__ import annotations
 
 import numpy as np
+from scipy import stats
 
 
 def confusions(labels, predicted, device, classes: int, devices: int) -> np.ndarray:
@@ -23,8 +24,18 @@ def confusions(labels, predicted, device, classes: int, devices: int) -> np.ndar
     -------
     int64 array (D, C, C)
         ``[d, i, j]`` counts images of device d and class i that were called j.
+
+    Raises
+    ------
+    ValueError
+        A label, prediction or device out of range: it would be counted in another cell.
     """
-    cell = (np.asarray(device) * classes + np.asarray(labels)) * classes + np.asarray(predicted)
+    labels, predicted, device = (np.asarray(a) for a in (labels, predicted, device))
+    for name, values, end in (("label", labels, classes), ("prediction", predicted, classes),
+                              ("device", device, devices)):
+        if len(values) and not 0 <= values.min() <= values.max() < end:
+            raise ValueError(f"a {name} lies outside 0..{end - 1}: they run from {values.min()} to {values.max()}")
+    cell = (device * classes + labels) * classes + predicted
     return np.bincount(cell, minlength=devices * classes * classes).reshape(devices, classes, classes)
 
 
@@ -64,3 +75,15 @@ def summary(confusion: np.ndarray, train_counts) -> dict[str, float]:
         "worst_device_balanced_accuracy": float(np.nanmin([balanced_accuracy(c) for c in confusion])),
         "rare_recall": float(np.nanmean(rare_rates)) if np.isfinite(rare_rates).any() else float("nan"),
     }
+
+
+def interval(values, level: float = 0.95) -> tuple[float, float]:
+    """Mean, and half the width of its t interval, of independent runs' scores (n,); NaN width for a single run.
+
+    Give it one score per seed, or, to compare two methods, one *difference* per seed: seeds share data, hospitals
+    and initial weights, so what varies with them cancels in the difference.
+    """
+    values = np.asarray(values, float)
+    n = len(values)
+    half = stats.t.ppf(0.5 + level / 2, n - 1) * values.std(ddof=1) / np.sqrt(n) if n > 1 else np.nan
+    return float(values.mean()), float(half)

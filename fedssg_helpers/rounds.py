@@ -48,6 +48,12 @@ class Method:
     pretrain_steps: int = 0
     centralised: bool = False
 
+    def __post_init__(self):
+        if self.mu < 0 or self.pretrain_steps < 0:
+            raise ValueError(f"mu is {self.mu} and pretrain_steps is {self.pretrain_steps}; both must be 0 or above")
+        if self.sharing and self.sharing not in sharing.RULES:
+            raise ValueError(f"there is no sharing rule {self.sharing!r}; the rules are {', '.join(sharing.RULES)}")
+
 
 def batches(labels: torch.Tensor, steps: int, size: int, random: np.random.Generator, balanced: bool = False):
     """Yield `steps` index tensors (size,): passes over shuffled images, or classes drawn equally often."""
@@ -71,7 +77,38 @@ def log_prior(labels: torch.Tensor, classes: int) -> torch.Tensor:
 def train_local(net: SmallCNN, start: torch.Tensor, images: torch.Tensor, labels: torch.Tensor, *, steps: int,
                 lr: float, random: np.random.Generator, method: Method = Method(), batch: int = 32,
                 momentum: float = 0.9, decay: float = 5e-4) -> torch.Tensor:
-    """Local training: `steps` of SGD with momentum from the weights `start` (P,); returns the new weights (P,)."""
+    """Local training: `steps` of SGD with momentum from the weights `start`.
+
+    Parameters
+    ----------
+    net : SmallCNN
+        Scratch space: its weights are overwritten, so that all clients can use one network in turn.
+    start : float32 tensor (P,)
+        The weights that the round starts from; left as they are.
+    images : uint8 tensor (N, C, H, W)
+    labels : int64 tensor (N,), 0..classes-1
+    steps, batch : int
+        Number of gradient steps, and images per step (all N where there are fewer).
+    lr, momentum, decay : float
+        Learning rate, momentum and weight decay.
+    random : numpy Generator
+        Draws the batches and their orientations.
+
+    Returns
+    -------
+    float32 tensor (P,)
+        The new weights.
+
+    Raises
+    ------
+    ValueError
+        No images, or a label out of range.
+    """
+    if len(labels) == 0:
+        raise ValueError("this client has no images to train on")
+    if not 0 <= int(labels.min()) <= int(labels.max()) < net.head.out_features:
+        raise ValueError(f"labels run from {int(labels.min())} to {int(labels.max())}, but the classifier knows only "
+                         f"0 to {net.head.out_features - 1}")
     net.train()
     net.weights.copy_(start)
     speed = torch.zeros_like(start)
@@ -157,11 +194,21 @@ def run(federation: Federation, method: Method, seed: int, *, rounds: int, lr: f
     Parameters
     ----------
     rounds : int, >= 1
-    lr : float
+    lr : float, > 0
         Local learning rate; falls to 0 over the rounds along a half cosine.
     after_round : callable (round number from 1, Run so far)
         Called after every round, for progress bars.
+
+    Raises
+    ------
+    ValueError
+        `rounds` or `lr` out of range, a client without images, or weights that are not finite (see `average`).
     """
+    if rounds < 1 or not lr > 0:
+        raise ValueError(f"rounds is {rounds} and lr is {lr}; at least 1 round and a learning rate above 0 are needed")
+    empty = [k for k, client in enumerate(federation.clients) if len(client) == 0]
+    if empty:
+        raise ValueError(f"hospital {empty[0]} has no images; leave it out of the federation")
     clients = [Client.joined(federation.clients)] if method.centralised else federation.clients
     net = SmallCNN(federation.test.images.shape[1], len(federation.classes), seed)
     weights = net.weights.clone()
@@ -173,7 +220,7 @@ def run(federation: Federation, method: Method, seed: int, *, rounds: int, lr: f
         received = [(torch.cat([c.images, shared.pool.images[rows]]), torch.cat([c.labels, shared.pool.labels[rows]]))
                     for c, rows in zip(clients, shared.rows)]
         costs.update(shared.costs)
-        if method.pretrain_steps:
+        if method.pretrain_steps and len(shared.pool):  # a hospital that is alone has nobody to share with
             began = time.perf_counter()
             weights = pretrain(net, shared.pool, method.pretrain_steps, seed)
             costs["server_seconds"] = time.perf_counter() - began
