@@ -8,8 +8,9 @@ import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from IPython.display import Code
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
 
 COUNTS, RECALL = "viridis", "cividis"  # colour maps that survive grey print and colour-blindness
 _COLOURS = sns.color_palette("colorblind")
@@ -198,3 +199,46 @@ def method_sketch(clients, pool_images, coverage) -> Figure:
         axis.text(5.65, y - 0.12, when, ha="center", va="top", fontsize=9, color="0.35")
     axis.set(xlim=(0, 11), ylim=(0, 5.2))
     return figure
+
+
+def coverage_map(axis, have, classes, devices, *, most: int, title: str = ""):
+    """Coverage, hospital by hospital: counts (K, C, D) as hospitals down, (class, device) cells across.
+
+    Colour is logarithmic from 1 to `most` images (give several maps the same); empty cells are hatched. The strip
+    under the map names the device by its colour (`device_colours`, `device_legend`). Returns what `colorbar` needs.
+    """
+    grid = np.asarray(have, float).reshape(len(have), -1)
+    axis.patch.set(facecolor="0.96", hatch="/////", edgecolor="0.75")
+    mesh = axis.pcolormesh(np.ma.masked_less(grid, 1), norm=LogNorm(1, max(most, 2)), cmap=COUNTS)
+    axis.set_xticks((np.arange(len(classes)) + 0.5) * len(devices), classes, rotation=45, ha="right")
+    axis.set_yticks(np.arange(len(have)) + 0.5, range(len(have)))
+    axis.vlines(np.arange(1, len(classes)) * len(devices), 0, len(have), color="white", linewidth=2)
+    axis.hlines(np.arange(1, len(have)), 0, grid.shape[1], color="white", linewidth=1)
+    colours = list(device_colours(devices).values())[:len(devices)] * len(classes)
+    axis.bar(np.arange(grid.shape[1]) + 0.5, 0.03, color=colours, width=0.9, bottom=-0.035, clip_on=False,
+             transform=axis.get_xaxis_transform())
+    axis.set(xlim=(0, grid.shape[1]), ylim=(len(have), 0), title=title, ylabel="hospital")
+    axis.grid(False)
+    axis.tick_params(axis="x", pad=8)
+    return mesh
+
+
+def flow_arrows(axis, flow, home, devices, *, per_hospital: int = 2, title: str = "") -> None:
+    """Hospitals on a circle, coloured by their main device `home` (K,); each one's largest sources as arrows.
+
+    flow (K, K): samples from source (row) to hospital (column); an arrow's width is in proportion.
+    """
+    flow, palette = np.asarray(flow, float), list(device_colours(devices).values())
+    angle = np.pi / 2 - 2 * np.pi * np.arange(len(flow)) / len(flow)
+    spots = np.stack([np.cos(angle), np.sin(angle)], 1)
+    for k in range(len(flow)):
+        for j in np.argsort(-flow[:, k], kind="stable")[:per_hospital]:
+            if flow[j, k] > 0:
+                axis.add_patch(FancyArrowPatch(
+                    spots[j], spots[k], connectionstyle="arc3,rad=0.2", arrowstyle="-|>", mutation_scale=12,
+                    linewidth=0.5 + 4 * flow[j, k] / flow.max(), color=palette[home[j]], shrinkA=14, shrinkB=14))
+    axis.scatter(*spots.T, s=500, c=[palette[d] for d in home], edgecolors="0.3", zorder=3)
+    for k, (x, y) in enumerate(spots):
+        axis.text(x, y, str(k), ha="center", va="center", zorder=4)
+    axis.set(xlim=(-1.25, 1.25), ylim=(-1.25, 1.25), aspect="equal", title=title)
+    axis.set_axis_off()

@@ -2,9 +2,13 @@
 
 1. Each hospital reports how many images it has per class and device: ``have`` (K, C, D).
 2. The server sums the reports to the coverage matrix N[c, d], and a *rule* turns each hospital's gaps into wishes
-   ``want`` (K, C, D): synthetic images of class c from device d that it should receive.
-3. Hospitals that own a (class, device) cell generate and upload their part of it: ``offer`` (K, C, D).
+   (K, C, D): synthetic images of class c from device d that it should receive.
+3. `plan` bounds the wishes by the budget (``want``) and tells the hospitals that own a (class, device) cell how
+   much of it to generate and upload (``offer``).
 4. The server deals the pool of uploads: nobody gets his own samples, nobody more than the budget.
+
+The strategy's idea is published (Pavan et al. 2026, arXiv 2604.26324); the rule and the budgets here are the
+course's own. K hospitals, C classes and D devices throughout; all counts are images.
 """
 from __future__ import annotations
 
@@ -25,17 +29,24 @@ class Budget:
 
     Attributes
     ----------
-    fill : int
+    fill : int, >= 0
         A hospital asks for synthetic images of a class until it holds this many, real ones included.
-    cell : int
+    cell : int, >= 0
         ... and for this many of every (class, device) cell that somebody else can generate: other devices are
         covered for its frequent classes too, and no class is synthetic only.
-    offer : int
+    offer : int, >= 0
         A hospital uploads at most this many samples of one cell.
-    receive : int
+    receive : int, >= 0
         A hospital receives at most this many samples in all.
     power : float, 0..1
         How much more a source with more images counts: 0 all the same, 1 in proportion.
+    silent : tuple of int
+        Hospitals that upload nothing (their rules or their contracts forbid it); they still receive.
+
+    Raises
+    ------
+    ValueError
+        A field out of its range.
     """
 
     fill: int = 200
@@ -43,6 +54,16 @@ class Budget:
     offer: int = 150
     receive: int = 1500
     power: float = 0.5
+    silent: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        for name in ("fill", "cell", "offer", "receive"):
+            number = getattr(self, name)
+            if number != number or number < 0 or number != int(number):
+                raise ValueError(f"the budget's {name} is {number}; it counts images: a whole number, 0 or more")
+        if not 0 <= self.power <= 1:
+            raise ValueError(f"the budget's power is {self.power}; it must lie in 0..1 (0: all sources the same, "
+                             "1: in proportion to their images)")
 
 
 @dataclass(frozen=True)
@@ -67,42 +88,80 @@ class Pool:
 
 
 def reports(clients: list[Client], classes: int, devices: int) -> np.ndarray:
-    """What hospitals tell the server: images per class and device, int64 (K, C, D)."""
+    """What hospitals tell the server: images per class and device, int64 (K, C, D).
+
+    Raises
+    ------
+    ValueError
+        No client, or a label or device beyond the names that the federation agreed on.
+    """
+    if not clients:
+        raise ValueError("there is no hospital to ask for a report")
+    for k, c in enumerate(clients):
+        if len(c) and (int(c.labels.max()) >= classes or int(c.device.max()) >= devices):
+            raise ValueError(f"hospital {k} has a class or device beyond the {classes} classes and {devices} devices "
+                             "of the federation; all hospitals must use the same list of names")
     cells = [torch.bincount(c.labels * devices + c.device, minlength=classes * devices) for c in clients]
     return torch.stack(cells).view(len(clients), classes, devices).numpy()
 
 
 def coverage(have: np.ndarray) -> np.ndarray:
-    """The coverage matrix N (C, D) of the federation."""
+    """The coverage matrix N, int64 (C, D), of the federation, from the reports (K, C, D)."""
     return have.sum(0)
 
 
-def supply(have: np.ndarray) -> np.ndarray:
-    """Images (K, C, D) that *others* could learn a cell from: cells too small to be generated count as none."""
-    credible = np.where(have >= generator.MINIMUM, have, 0)
-    return credible.sum(0) - credible
+def credible(have: np.ndarray, budget: Budget = Budget()) -> np.ndarray:
+    """The reports (K, C, D) as far as samples can be had: no cell below `generator.MINIMUM`, no silent hospital.
+
+    Raises
+    ------
+    ValueError
+        The budget silences a hospital that does not exist.
+    """
+    silent = list(budget.silent)
+    if silent and not 0 <= min(silent) <= max(silent) < len(have):
+        raise ValueError(f"the budget silences hospitals {silent}; they are numbered 0 to {len(have) - 1}")
+    able = np.where(have >= generator.MINIMUM, have, 0)
+    able[silent] = 0
+    return able
+
+
+def supply(have: np.ndarray, budget: Budget = Budget()) -> np.ndarray:
+    """Images (K, C, D) that each hospital's *others* could learn a cell from."""
+    able = credible(have, budget)
+    return able.sum(0) - able
 
 
 def class_and_device(have: np.ndarray, budget: Budget) -> np.ndarray:
     """FedSSG: fill each rare class from every device that owns it, and each cell that a hospital has never seen.
 
-    ``want = max(gap * share, cell - have)`` where gap (K, C) is what a hospital lacks of a class, share the part of
-    each device in what the others can supply, softened by ``budget.power``, and ``cell`` a small floor.
+    ``want = max(gap * share, floor)`` where gap (K, C) is what a hospital lacks of a class, share the part of
+    each device in what the others can supply, softened by ``budget.power``, and floor what is missing of
+    ``budget.cell`` images in a cell.
     """
-    others = supply(have)
+    others = supply(have, budget)
     gap = np.maximum(budget.fill - have.sum(2), 0)
-    by_class = gap[:, :, None] * _shares(others ** budget.power, axis=2)
-    by_cell = np.where(others > 0, np.maximum(budget.cell - have, 0), 0)
-    return _within(np.ceil(np.maximum(by_class, by_cell)), budget.receive)
+    share = _shares(np.where(others > 0, others ** budget.power, 0), axis=2)
+    floor = np.where(others > 0, np.maximum(budget.cell - have, 0), 0)
+    return np.maximum(gap[:, :, None] * share, floor)
 
 
 def uniform(have: np.ndarray, budget: Budget) -> np.ndarray:
-    """The control (uniform shuffle, as in FedSSyn, arXiv 2306.13263): as many samples, classes as they come."""
-    total = class_and_device(have, budget).sum((1, 2))
-    others = supply(have)
-    return _within(np.round(total[:, None, None] * _shares(others, axis=(1, 2))), budget.receive)
+    """The control (uniform shuffle, as in FedSSyn, arXiv 2306.13263): as many samples, cells as they come.
+
+    Every hospital receives exactly the number that `class_and_device` gives it, over cells in proportion to what
+    the others own; what a cell's uploads cannot serve goes to the other cells.
+    """
+    hospitals = len(have)
+    total = _possible(class_and_device(have, budget), have, budget).sum((1, 2))
+    others, most = (x.reshape(hospitals, -1).T for x in (supply(have, budget), _capacity(have, budget)))
+    parts = _split(total, others, most)
+    whole = np.floor(parts + 1e-9)
+    rank = np.argsort(np.argsort(whole - parts, axis=0, kind="stable"), axis=0)  # largest remainders first
+    return (whole + (rank < total - whole.sum(0))).T.reshape(have.shape)
 
 
+# A rule takes (have, budget) and returns wishes (K, C, D), numbers >= 0; `plan` rounds them up and bounds them.
 RULES = {"class_and_device": class_and_device, "uniform": uniform}
 
 
@@ -112,43 +171,100 @@ def _shares(weight: np.ndarray, axis) -> np.ndarray:
     return np.divide(weight, total, out=np.zeros(weight.shape), where=total > 0)
 
 
-def _within(want: np.ndarray, most: int) -> np.ndarray:
-    """Wishes (K, C, D) scaled down, hospital by hospital, so that none receives more than `most`."""
+def _split(total: np.ndarray, weight: np.ndarray, most) -> np.ndarray:
+    """`total` (...) divided in proportion to `weight` (n, ...); what exceeds a part's `most` goes to the others."""
+    part = np.zeros(weight.shape)
+    for _ in range(len(weight)):  # each pass either serves everything or fills at least one more part
+        part = np.minimum(part + (total - part.sum(0)) * _shares(np.where(part < most, weight, 0), 0), most)
+    return part
+
+
+def _capacity(have: np.ndarray, budget: Budget) -> np.ndarray:
+    """The most samples of each cell (K, C, D) that the others may upload."""
+    able = credible(have, budget) > 0
+    return budget.offer * (able.sum(0) - able)
+
+
+def _possible(want: np.ndarray, have: np.ndarray, budget: Budget) -> np.ndarray:
+    """Wishes as whole numbers, int64 (K, C, D): within what others may upload, and within `budget.receive`."""
+    want = np.minimum(np.ceil(want - 1e-9), _capacity(have, budget))
     total = want.sum((1, 2), keepdims=True)
-    return np.floor(want * np.minimum(1, most / np.maximum(total, 1)) + 1e-9).astype(np.int64)
+    return np.floor(want * np.minimum(1, budget.receive / np.maximum(total, 1)) + 1e-9).astype(np.int64)
 
 
 def plan(have: np.ndarray, rule: str, budget: Budget = Budget()) -> Plan:
-    """Wishes by the rule, and the uploads that serve them.
+    """Wishes by the rule, bounded by the budget, and the uploads that serve them to the last sample.
 
     Sources share a cell's work in proportion to (their images of it) ** power. As a sample may go to several
     hospitals, a source offers what the neediest *other* hospital takes from it, not the sum over hospitals.
 
     Parameters
     ----------
-    have : int64 array (K, C, D)
+    have : int array (K, C, D), >= 0
         The reports.
     rule : str
-        A name in `RULES`.
+        A name in `RULES`; add your own function there.
+
+    Raises
+    ------
+    ValueError
+        Reports that are no counts, an unknown rule, or a rule that returns something else than wishes.
     """
-    want = RULES[rule](have, budget)
-    weight = np.where(have >= generator.MINIMUM, have, 0) ** budget.power
+    have = np.asarray(have)
+    if have.ndim != 3 or not len(have) or not np.issubdtype(have.dtype, np.integer) or (have < 0).any():
+        raise ValueError(f"the reports must be counts, whole numbers >= 0 of shape (hospitals, classes, devices); "
+                         f"got {have.dtype} of shape {have.shape}")
+    if rule not in RULES:
+        raise ValueError(f"there is no sharing rule {rule!r} among {', '.join(RULES)}; add yours to sharing.RULES")
+    wishes = np.asarray(RULES[rule](have, budget), float)
+    if wishes.shape != have.shape or not np.isfinite(wishes).all() or (wishes < 0).any():
+        raise ValueError(f"the rule {rule!r} must return finite wishes >= 0 of shape {have.shape} "
+                         f"(hospitals, classes, devices); its result has shape {wishes.shape}")
+    want = _possible(wishes, have, budget)
+    weight = credible(have, budget)
+    weight = np.where(weight > 0, weight ** budget.power, 0)
     offer = np.zeros_like(want)
     for k in range(len(have)):
         others = weight.copy()
         others[k] = 0
-        offer = np.maximum(offer, np.ceil(want[k] * _shares(others, axis=0)).astype(np.int64))
-    return Plan(want, np.minimum(offer, budget.offer))
+        offer = np.maximum(offer, np.ceil(_split(want[k], others, budget.offer) - 1e-9).astype(np.int64))
+    return Plan(want, offer)
+
+
+def flows(agreed: Plan) -> np.ndarray:
+    """Samples that a plan is expected to move, float (K, K): ``[j, k]`` from source j to hospital k.
+
+    A hospital draws evenly from the others' uploads of a cell, so source j serves it in proportion to its upload.
+    """
+    flow = np.zeros((len(agreed.want), len(agreed.want)))
+    for k, want in enumerate(agreed.want):
+        others = agreed.offer.copy()
+        others[k] = 0
+        flow[:, k] = (_shares(others, 0) * want).sum((1, 2))
+    return flow
 
 
 def pool_of(offers: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> Pool:
-    """The server's pool of the hospitals' uploads, each (images, labels, device), in order of hospitals."""
+    """The server's pool of the hospitals' uploads, each (images, labels, device), in order of hospitals.
+
+    Raises
+    ------
+    ValueError
+        No upload at all, or images that are not uint8 of one shape.
+    """
+    if not offers or any(images.dtype != torch.uint8 or images.shape[1:] != offers[0][0].shape[1:]
+                         for images, _, _ in offers):
+        raise ValueError("uploads must be uint8 images of one shape, from one hospital at least (an empty upload "
+                         "counts)")
     source = [torch.full((len(labels),), k) for k, (_, labels, _) in enumerate(offers)]
     return Pool(*(torch.cat(parts) for parts in zip(*offers)), torch.cat(source))
 
 
 def deal(wishes: np.ndarray, pool: Pool, client: int, seed: int) -> torch.Tensor:
-    """Rows of the pool, int64 (n,), for hospital `client`, whose wishes are (C, D): other hospitals' samples only."""
+    """Rows of the pool, int64 (n,), for hospital `client`, whose wishes are (C, D): other hospitals' samples only.
+
+    Each row at most once, and of each cell what is wished, or all that others uploaded where that is less.
+    """
     random, devices = rng(seed, "deal", client), wishes.shape[1]
     cell = (pool.labels * devices + pool.device).numpy()
     foreign = (pool.source != client).numpy()
@@ -159,7 +275,18 @@ def deal(wishes: np.ndarray, pool: Pool, client: int, seed: int) -> torch.Tensor
 
 @dataclass(frozen=True)
 class Shared:
-    """What sharing leaves behind: the plan, the pool, the pool rows each hospital received, and what it cost."""
+    """What sharing leaves behind.
+
+    Attributes
+    ----------
+    plan : Plan
+    pool : Pool
+    rows : list of int64 tensors (n_k,)
+        The pool rows that each hospital received.
+    costs : dict
+        generator_seconds (all hospitals together); bytes_up and bytes_down (one byte per pixel and channel, all
+        hospitals together), also as bytes_samples_up and bytes_samples_down.
+    """
 
     plan: Plan
     pool: Pool
@@ -172,6 +299,18 @@ def share(clients: list[Client], federation: Federation, rule: str, seed: int, *
     """The whole exchange: reports, plan, generators, uploads, dealing.
 
     Generators stay at home: a hospital's samples are the only thing that leaves it besides its counts.
+
+    Parameters
+    ----------
+    rule, budget
+        See `plan`.
+    latent, steps, temperature
+        Of the generator, see `generator.fit` and `generator.Generator.sample`.
+
+    Raises
+    ------
+    ValueError
+        See `reports` and `plan`.
     """
     classes, devices = len(federation.classes), len(federation.devices)
     agreed = plan(reports(clients, classes, devices), rule, budget)
@@ -181,7 +320,7 @@ def share(clients: list[Client], federation: Federation, rule: str, seed: int, *
     seconds = time.perf_counter() - began
     pool = pool_of(offers)
     rows = [deal(agreed.want[k], pool, k, seed) for k in range(len(clients))]
-    image_bytes = clients[0].images[0].numel()
+    image_bytes = clients[0].images.shape[1:].numel()
     up, down = float(len(pool) * image_bytes), float(sum(map(len, rows)) * image_bytes)
     return Shared(agreed, pool, rows, {"generator_seconds": seconds, "bytes_up": up, "bytes_down": down,
                                        "bytes_samples_up": up, "bytes_samples_down": down})
@@ -189,8 +328,20 @@ def share(clients: list[Client], federation: Federation, rule: str, seed: int, *
 
 def offer_of(client: Client, numbers: np.ndarray, k: int, seed: int, *, latent: int = 200, steps: int = 0,
              temperature: float = 0.9) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What hospital k does: train its generator and sample `numbers` (C, D); gives images, labels, device."""
+    """What hospital k does: train its generator and sample `numbers` (C, D); gives images, labels, device.
+
+    Nothing is trained where nothing is asked for.
+
+    Raises
+    ------
+    ValueError
+        A cell is asked for of which the hospital has fewer than `generator.MINIMUM` images.
+    """
     devices = numbers.shape[1]
+    own = torch.bincount(client.labels * devices + client.device, minlength=numbers.size).numpy()
+    if (numbers.ravel()[own < generator.MINIMUM] > 0).any():
+        raise ValueError(f"hospital {k} is asked for samples of a (class, device) cell of which it has fewer than "
+                         f"{generator.MINIMUM} images; they would be near copies, so it refuses")
     images, cells = [client.images[:0]], np.repeat(np.arange(numbers.size), numbers.ravel())
     if len(cells):
         model = generator.fit(client.images, client.labels, client.labels * devices + client.device,
