@@ -16,7 +16,7 @@ from PIL import Image
 from .keys import rng
 
 SHARES = (0.42, 0.31, 0.20, 0.07)  # of the groups, per device: unequal, the last one small (as in HAM10000)
-JITTER = 0.15  # from image to image, each setting moves by this part of its distance from neutral (1 sd)
+JITTER = 0.10  # from image to image, each setting moves by this part of its distance from neutral (1 sd)
 CHUNK = 2048  # images worked on at a time, so memory stays flat on large sets
 
 
@@ -60,16 +60,18 @@ class Profile:
 
 
 COLOUR = (
-    Profile("simulated A", cast=(1.02, 1.0, 0.98), noise=0.012, jpeg=92),
-    Profile("simulated B", cast=(1.06, 0.96, 0.84), gamma=0.85, contrast=1.15, vignette=0.30, noise=0.02, jpeg=80),
-    Profile("simulated C", cast=(0.88, 0.97, 1.10), gamma=1.20, contrast=0.85, blur=0.8, noise=0.02, jpeg=85),
-    Profile("simulated D", cast=(1.10, 0.88, 1.00), gamma=1.10, contrast=1.05, vignette=0.15, noise=0.04, jpeg=70),
+    Profile("simulated A", cast=(1.03, 1.00, 0.96), bias=(0.06, 0.0), noise=0.012, jpeg=92),
+    Profile("simulated B", cast=(1.06, 0.96, 0.82), gamma=0.88, contrast=1.10, vignette=0.30, noise=0.02, jpeg=80),
+    Profile("simulated C", cast=(0.89, 0.98, 1.09), gamma=1.15, contrast=0.92, blur=0.8, bias=(-0.08, 0.06), noise=0.02,
+            jpeg=85),
+    Profile("simulated D", cast=(1.09, 0.88, 1.00), gamma=1.08, contrast=1.05, vignette=0.15, bias=(0.0, -0.10),
+            noise=0.04, jpeg=70),
 )
 GREY = (
-    Profile("simulated A", noise=0.01, bias=(0.05, 0.05)),
-    Profile("simulated B", gamma=0.70, contrast=0.90, bias=(0.25, 0.0), speckle=0.05),
-    Profile("simulated C", gamma=1.35, contrast=1.10, blur=0.8, bias=(-0.25, 0.10)),
-    Profile("simulated D", gamma=1.05, contrast=0.75, bias=(0.0, -0.30), speckle=0.10, noise=0.02),
+    Profile("simulated A", bias=(0.12, 0.12), noise=0.01),
+    Profile("simulated B", gamma=0.75, contrast=0.90, bias=(0.30, -0.10), speckle=0.05),
+    Profile("simulated C", gamma=1.30, contrast=1.10, blur=0.8, bias=(-0.30, 0.12)),
+    Profile("simulated D", gamma=1.05, contrast=0.80, bias=(-0.10, -0.35), speckle=0.08, noise=0.02),
 )
 
 

@@ -1,0 +1,421 @@
+"""Loading and checking data sets: every source, every fault with its cure, splits without leaks."""
+import csv
+import importlib.util
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fedssg_helpers import data
+from fedssg_helpers.data import DataError, ImageSet, load, split
+
+N = 60
+
+
+def arrays(**changes):
+    """A good own .npz as a dict, with changes; None leaves an array out."""
+    random = np.random.default_rng(0)
+    good = dict(images=random.integers(0, 256, (N, 28, 28, 3), dtype=np.uint8), labels=np.arange(N) % 3)
+    return {key: value for key, value in (good | changes).items() if value is not None}
+
+
+def saved(path, **changes):
+    np.savez_compressed(path, **arrays(**changes))
+    return path
+
+
+def check(d: ImageSet):
+    assert d.images.dtype == np.uint8 and d.images.ndim == 4 and d.images.shape[1] in (1, 3)
+    assert d.images.shape[2] == d.images.shape[3] and d.images.flags["C_CONTIGUOUS"]
+    for values, top in ((d.labels, len(d.classes)), (d.device, len(d.devices)), (d.group, None)):
+        assert values.dtype == np.int64 and values.shape == (len(d),) and values.min() >= 0
+        assert top is None or values.max() < top
+    assert d.licence and all(type(name) is str for name in d.classes + d.devices)
+
+
+# ---------------------------------------------------------------------------------------------------- own files
+
+def test_own_file_with_everything(tmp_path):
+    path = saved(tmp_path / "mine.npz", device=np.where(np.arange(N) % 2, "b", "a"), group=np.arange(N) // 2,
+                 class_names=["x", "y", "z"])
+    d = load(path)
+    check(d)
+    assert (d.name, d.classes, d.devices, d.simulated) == ("mine", ("x", "y", "z"), ("a", "b"), False)
+    np.testing.assert_array_equal(d.images, arrays()["images"].transpose(0, 3, 1, 2))
+    part = d.subset(d.labels == 1)
+    check(part)
+    assert len(part) == N // 3 and part.classes == d.classes
+
+
+def test_own_file_with_the_least(tmp_path):
+    d = load("mine.npz", saved(tmp_path / "mine.npz", images=arrays()["images"][..., 0]).parent)
+    check(d)
+    assert d.images.shape == (N, 1, 28, 28) and d.devices == ("one device",) and d.classes[0] == "class 0"
+    assert len(set(d.group)) == N and not d.simulated
+
+
+def test_whole_numbers_as_devices_and_a_column_of_labels(tmp_path):
+    d = load(saved(tmp_path / "a.npz", device=np.arange(N) % 2 * 7, labels=(np.arange(N) % 3)[:, None]))
+    check(d)
+    assert d.devices == ("device 0", "device 7")
+
+
+@pytest.mark.parametrize("size", [16, 128])
+def test_sizes_that_pass(tmp_path, size):
+    check(load(saved(tmp_path / "a.npz", images=np.zeros((N, size, size, 3), np.uint8))))
+
+
+def test_a_class_missing_everywhere_passes(tmp_path):
+    d = load(saved(tmp_path / "a.npz", labels=np.arange(N) % 2 * 2, class_names=["a", "nobody", "b"]))
+    check(d)
+    train, test = split(d)
+    assert set(d.labels[train]) == set(d.labels[test]) == {0, 2}
+
+
+IMAGES = arrays()["images"]
+FAULTS = {
+    "float images": (dict(images=IMAGES / 255), "float64, not uint8", "Scale them to 0..255"),
+    "NaN images": (dict(images=np.full((N, 28, 28), np.nan)), "NaN", "Repair or drop"),
+    "wider whole numbers": (dict(images=IMAGES.astype(np.int32)), "int32, not uint8", "Scale"),
+    "channels first": (dict(images=IMAGES.transpose(0, 3, 1, 2)), "channels come last", "transpose(0, 2, 3, 1)"),
+    "alpha channel": (dict(images=np.zeros((N, 28, 28, 4), np.uint8)), "shape", "images[..., :3]"),
+    "volumes": (dict(images=np.zeros((N, 8, 28, 28, 1), np.uint8)), "shape", "3-D volumes"),
+    "one flat row each": (dict(images=np.zeros((N, 784), np.uint8)), "shape", "(N, H, W)"),
+    "no images": (dict(images=IMAGES[:0], labels=np.zeros(0, int)), "no images", "Save"),
+    "tiny images": (dict(images=np.zeros((N, 7, 7), np.uint8)), "7 x 7", "resize"),
+    "huge images": (dict(images=np.zeros((2, 600, 600), np.uint8)), "600 x 600", "resize"),
+    "not square": (dict(images=np.zeros((N, 28, 40), np.uint8)), "28 x 40", "Crop"),
+    "labels too high": (dict(class_names=["a", "b"]), "run from 0 to 2, out of the range 0 to 1", "Renumber"),
+    "absurd label": (dict(labels=np.r_[10**9, np.zeros(N - 1, int)]), "out of the range", "Renumber"),
+    "negative label": (dict(labels=np.arange(N) % 3 - 1), "run from -1", "Renumber"),
+    "fractional labels": (dict(labels=np.arange(N) / 7), "not whole numbers", "np.unique"),
+    "names as labels": (dict(labels=np.where(np.arange(N) % 2, "ill", "well")), "not whole numbers", "class_names"),
+    "one-hot labels": (dict(labels=np.eye(3)[np.arange(N) % 3]), "shape", "argmax"),
+    "too few labels": (dict(labels=np.arange(N - 1) % 3), f"({N - 1},) for {N} images", "one value per image"),
+    "one class": (dict(labels=np.ones(N, int)), "all labels are 1", "two classes"),
+    "device too short": (dict(device=np.zeros(3, int)), "device has shape (3,)", "one value per image"),
+    "group too long": (dict(group=np.zeros(N + 1, int)), "group has shape", "one value per image"),
+    "device not a name": (dict(device=np.full(N, np.nan)), "device is float64", "Fill in"),
+    "class names as numbers": (dict(class_names=np.arange(3)), "class_names", "strings"),
+    "no labels": (dict(labels=None), "lacks labels", "data/README.md"),
+    "nothing known": (dict(images=None, labels=None, x=np.zeros(3)), "lacks images, labels", "it holds x"),
+    "Python objects": (dict(class_names=np.array(["a", None, 3], object)), "Python objects", "dtype=str"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_every_fault_is_named_with_its_cure(tmp_path, fault):
+    changes, cause, cure = FAULTS[fault]
+    path = saved(tmp_path / "bad.npz", **changes)
+    with pytest.raises(DataError) as caught:
+        load(path)
+    for part in (str(path), cause, cure):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("keep", [0, 3, 100, 0.5, 0.98])
+def test_a_truncated_file(tmp_path, keep):
+    path = saved(tmp_path / "cut.npz")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:int(keep * len(whole)) if keep < 1 else keep])
+    with pytest.raises(DataError, match="cut.npz: (truncated|not a readable)"):
+        load(path)
+
+
+@pytest.mark.parametrize("where", [60, 0.3, 0.6])
+def test_a_damaged_file(tmp_path, where):
+    path = saved(tmp_path / "bad.npz")
+    content = bytearray(path.read_bytes())
+    start = int(where * len(content)) if where < 1 else where
+    content[start:start + 40] = bytes(b ^ 0xFF for b in content[start:start + 40])
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="bad.npz"):
+        load(path)
+
+
+def test_other_files_that_are_no_npz(tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros(3))
+    (tmp_path / "a.npy").rename(tmp_path / "a.npz")
+    with zipfile.ZipFile(tmp_path / "text.npz", "w") as archive:
+        archive.writestr("images", "hello")
+    for name in ("a.npz", "text.npz"):
+        with pytest.raises(DataError, match=name):
+            load(tmp_path / name)
+
+
+def test_absurd_size_is_refused_before_unpacking(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "MOST_BYTES", 1000)
+    with pytest.raises(DataError, match="unpacks to"):
+        load(saved(tmp_path / "big.npz"))
+
+
+def test_missing_files_say_how_to_get_them(tmp_path):
+    with pytest.raises(DataError, match="nowhere.npz: there is no such file. Check the path"):
+        load("nowhere.npz", tmp_path)
+    with pytest.raises(DataError, match="DBW86T"):
+        load("ham10000", tmp_path)
+
+
+def test_data_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("FEDSSG_DATA", str(tmp_path))
+    assert data.data_folder() == tmp_path and data.data_folder("x").name == "x"
+    monkeypatch.delenv("FEDSSG_DATA")
+    assert data.data_folder() == data.data_folder("") == data.PROJECT_DATA
+
+
+# ------------------------------------------------------------------------------------------------------ phantoms
+
+@pytest.fixture(scope="module")
+def phantom():
+    return load("phantom", folder="/nowhere")
+
+
+def test_phantom(phantom):
+    check(phantom)
+    assert phantom.simulated and len(phantom.devices) == 4 and phantom.images.shape[1:] == (3, 28, 28)
+    assert (data.PROJECT_DATA / "phantom.npz").stat().st_size <= 4_000_000
+    share = np.bincount(phantom.labels) / len(phantom)
+    assert 0.57 < share.max() < 0.63 and 0.007 < share.min() < 0.015
+    cells = np.zeros((len(phantom.classes), 4), int)
+    np.add.at(cells, (phantom.labels, phantom.device), 1)
+    assert (cells == 0).sum() >= 2 and ((cells > 0) & (cells <= 5)).sum() >= 2
+    views = np.bincount(phantom.group)
+    assert set(views) == {1, 2, 3}
+    for constant in (phantom.labels, phantom.device):
+        np.testing.assert_array_equal(constant, constant[np.unique(phantom.group, return_index=True)[1]][phantom.group])
+
+
+def test_redrawing_the_phantoms_gives_the_same_bytes(tmp_path):
+    source = data.PROJECT_DATA / "draw_phantom.py"
+    spec = importlib.util.spec_from_file_location("draw_phantom", source)
+    drawing = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(drawing)
+    again, stored = drawing.draw_all(), data.PROJECT_DATA / "phantom.npz"
+    with np.load(stored, allow_pickle=False) as file:
+        assert sorted(file.files) == sorted(again)
+        for key in file.files:
+            np.testing.assert_array_equal(file[key], again[key])
+            assert file[key].dtype == again[key].dtype
+    np.savez_compressed(tmp_path / "again.npz", **again)
+    with zipfile.ZipFile(stored) as old, zipfile.ZipFile(tmp_path / "again.npz") as new:
+        packed = [[entry.compress_size for entry in archive.infolist()] for archive in (old, new)]
+    if packed[0] == packed[1]:  # another zlib may pack the same arrays differently
+        assert stored.read_bytes() == (tmp_path / "again.npz").read_bytes()
+
+
+# ------------------------------------------------------------------------------------------------------ MedMNIST
+
+def medmnist_file(path, size=28, channels=(), n=(30, 10, 20), **extra):
+    random, parts = np.random.default_rng(0), {}
+    for side, number in zip(("train", "val", "test"), n):
+        parts[f"{side}_images"] = random.integers(0, 256, (number, size, size, *channels), dtype=np.uint8)
+        parts[f"{side}_labels"] = (np.arange(number) % 2)[:, None].astype(np.uint8)
+    np.savez_compressed(path, **parts | extra)
+
+
+@pytest.mark.parametrize("size, name", [(28, "breastmnist.npz"), (64, "breastmnist_64.npz")])
+def test_medmnist_from_a_local_file(tmp_path, size, name):
+    medmnist_file(tmp_path / name, size)
+    d = load("breastmnist", tmp_path, size)
+    check(d)
+    assert d.images.shape == (60, 1, size, size) and d.simulated and len(d.devices) == 4
+    assert d.classes == ("malignant", "normal, benign") and "CC BY 4.0" in d.licence
+    train, test = split(d)
+    np.testing.assert_array_equal(test, np.arange(40, 60))
+    np.testing.assert_array_equal(train, np.arange(40))
+
+
+def test_medmnist_faults(tmp_path):
+    for name, part in (("chestmnist", "multi-label"), ("organmnist3d", "three-dimensional"), ("mnist", "no data set")):
+        with pytest.raises(DataError, match=part):
+            load(name, tmp_path)
+    with pytest.raises(DataError, match="size 28, 64 or 128"):
+        load("breastmnist", tmp_path, 32)
+    medmnist_file(tmp_path / "pathmnist.npz")
+    with pytest.raises(DataError, match="another set's"):
+        load("pathmnist", tmp_path)
+    medmnist_file(tmp_path / "breastmnist.npz", test_labels=np.zeros((3, 1), np.uint8))
+    with pytest.raises(DataError, match="3 test_labels for 20 test_images"):
+        load("breastmnist", tmp_path)
+    medmnist_file(tmp_path / "breastmnist.npz", test_labels=np.full((20, 1), 9, np.uint8))
+    with pytest.raises(DataError, match="out of the range 0 to 1"):
+        load("breastmnist", tmp_path)
+
+
+def test_a_failed_download_says_what_failed_and_leaves_nothing(tmp_path, monkeypatch):
+    from torchvision.datasets import utils
+
+    def offline(url, root, filename, md5):
+        (tmp_path / root / filename).write_bytes(b"half")
+        raise OSError("network is unreachable")
+
+    monkeypatch.setattr(utils, "download_url", offline)
+    with pytest.raises(DataError, match="network is unreachable.*By hand.*zenodo.*MD5") as caught:
+        load("bloodmnist", tmp_path / "new")
+    assert "bloodmnist.npz" in str(caught.value) and list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_download_is_kept(tmp_path, monkeypatch):
+    from torchvision.datasets import utils
+    monkeypatch.setattr(utils, "download_url", lambda url, root, filename, md5: medmnist_file(f"{root}/{filename}"))
+    check(load("breastmnist", tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["breastmnist.npz"]
+
+
+def test_dermamnist_is_split_by_lesion(shared_data):
+    d = load("dermamnist", shared_data)
+    check(d)
+    assert len(d) == 10015 and d.official_test is None and len(np.unique(d.group)) == 7470
+    train, test = split(d)
+    assert not set(d.group[train]) & set(d.group[test])
+
+
+def test_pneumoniamnist_keeps_its_official_split(shared_data):
+    d = load("pneumoniamnist", shared_data)
+    check(d)
+    assert d.images.shape == (5856, 1, 28, 28) and len(split(d)[1]) == 624
+
+
+# ------------------------------------------------------------------------------------------------------ HAM10000
+
+def publisher(folder, parts=("HAM10000_images_part_1", "HAM10000_images_part_2"), lesions=24, drop=(), **changes):
+    """The publisher's layout in small; returns the rows of its table."""
+    rows = []
+    for i in range(lesions):
+        image = f"ISIC_{i:07d}"
+        rows.append(dict(lesion_id=f"HAM_{i // 2:07d}", image_id=image, dx=data.HAM_CLASSES[i // 2 % 7], dx_type="histo",
+                         age="50", sex="male", localization="back", dataset=("rosendahl", "vidir_modern")[i % 2]) | changes)
+        (folder / parts[i % len(parts)]).mkdir(parents=True, exist_ok=True)
+        if i not in drop:
+            Image.new("RGB", (60, 45), (10 * i, 100, 50)).save(folder / parts[i % len(parts)] / f"{image}.jpg")
+    with open(folder / "HAM10000_metadata.csv", "w", newline="") as file:
+        table = csv.DictWriter(file, list(rows[0]))
+        table.writeheader()
+        table.writerows(rows)
+    return rows
+
+
+def test_ham10000_is_prepared_once(tmp_path, monkeypatch):
+    rows = publisher(tmp_path)
+    d = load("ham10000", tmp_path)
+    check(d)
+    assert (len(d), d.simulated, d.devices) == (24, False, ("rosendahl", "vidir_modern"))
+    assert d.classes == data.HAM_CLASSES and "CC BY-NC" in d.licence and len(set(d.group)) == 12
+    assert [d.devices[i] for i in d.device] == [row["dataset"] for row in rows]
+    assert abs(int(d.images[7, 0, 14, 14]) - 70) < 4
+    monkeypatch.setattr(data, "prepare_ham10000", None)
+    np.testing.assert_array_equal(load("ham10000", tmp_path).images, d.images)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith("tmp")]
+
+
+def test_a_read_only_folder_falls_back_to_the_projects_own(tmp_path, monkeypatch):
+    publisher(tmp_path / "source", parts=("images",))
+    monkeypatch.setattr(data, "PROJECT_DATA", tmp_path / "project")
+    monkeypatch.setattr(data.os, "access", lambda path, mode: False)
+    check(load("ham10000", tmp_path / "source"))
+    assert [path.name[:12] for path in (tmp_path / "project").iterdir()] == ["ham10000_28_"]
+    assert not list((tmp_path / "source").glob("*.npz"))
+
+
+def test_ham10000_faults(tmp_path):
+    publisher(tmp_path / "a", drop=(3,))
+    with pytest.raises(DataError, match="1 of the 24 images .* missing, ISIC_0000003.jpg"):
+        load("ham10000", tmp_path / "a")
+    publisher(tmp_path / "b", dx="cold")
+    with pytest.raises(DataError, match="unknown diagnosis cold"):
+        load("ham10000", tmp_path / "b")
+    publisher(tmp_path / "c")
+    table = tmp_path / "c" / "HAM10000_metadata.csv"
+    table.write_text(table.read_text().replace("dataset", "origin"))
+    with pytest.raises(DataError, match="lacks the column.*dataset"):
+        load("ham10000", tmp_path / "c")
+    publisher(tmp_path / "d")
+    (tmp_path / "d" / "HAM10000_images_part_1" / "ISIC_0000000.jpg").write_bytes(b"no image")
+    with pytest.raises(DataError, match="not a readable image"):
+        load("ham10000", tmp_path / "d")
+    assert not list((tmp_path / "d").glob("*.npz"))
+
+
+def test_ham10000_as_served_with_tabs(tmp_path):
+    publisher(tmp_path)
+    table = tmp_path / "HAM10000_metadata.csv"
+    table.with_suffix(".tab").write_text(table.read_text().replace(",", "\t"))
+    table.unlink()
+    check(load("ham10000", tmp_path))
+
+
+def test_ham10000_ready_file(shared_data):
+    d = load("ham10000", shared_data)
+    check(d)
+    assert len(d) == 10015 and d.devices == ("rosendahl", "vidir_modern", "vidir_molemax", "vienna_dias")[:0] + d.devices
+    assert set(d.devices) == {"rosendahl", "vidir_modern", "vidir_molemax", "vienna_dias"}
+    cells = np.zeros((7, 4), int)
+    np.add.at(cells, (d.labels, d.device), 1)
+    assert (cells == 0).sum() == 2 and len(np.unique(d.group)) == 7470
+
+
+def test_ham10000_publishers_sample(shared_data, tmp_path):
+    source = shared_data / "ham10000_raw_sample"
+    if not source.is_dir():
+        pytest.skip(f"{source} is not there")
+    ready = load("ham10000", shared_data)
+    data.prepare_ham10000(source, tmp_path / "ham10000_28.npz")
+    d = load("ham10000", tmp_path)
+    check(d)
+    assert len(d) == 143 and d.devices == ready.devices
+
+
+# --------------------------------------------------------------------------------------------------------- splits
+
+def made(labels, group, device=None):
+    labels, n = np.asarray(labels), len(labels)
+    device = np.zeros(n, np.int64) if device is None else device
+    return ImageSet("made", np.zeros((n, 1, 16, 16), np.uint8), labels.astype(np.int64), device, np.asarray(group),
+                    tuple("abcdefg"), tuple("pqrs"), "none", False)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_split_keeps_groups_whole_and_proportions(phantom, seed):
+    train, test = split(phantom, 0.25, seed)
+    assert sorted([*train, *test]) == list(range(len(phantom)))
+    assert not set(phantom.group[train]) & set(phantom.group[test])
+    assert len(test) / len(phantom) == pytest.approx(0.25, abs=0.02)
+    for c in range(6):
+        for d in range(4):
+            cell = (phantom.labels == c) & (phantom.device == d)
+            lesions = len(np.unique(phantom.group[cell]))
+            held = len(np.unique(phantom.group[test][cell[test]]))
+            assert abs(held - 0.25 * lesions) <= 1
+    np.testing.assert_array_equal(split(phantom, 0.25, seed)[1], test)
+
+
+def test_split_differs_by_seed(phantom):
+    assert not np.array_equal(split(phantom, seed=0)[1], split(phantom, seed=1)[1])
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_rare_classes_are_on_both_sides(seed):
+    labels = np.r_[np.zeros(90), np.ones(2), np.full(2, 2), 3]
+    group = np.r_[np.arange(92), [100, 101], 102]
+    for part in (0.05, 0.25, 0.9):
+        train, test = split(made(labels, group), part, seed)
+        assert {0, 1, 2} <= set(labels[train]) and {0, 1, 2} <= set(labels[test])
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_patients_with_several_findings_stay_whole(seed):
+    random = np.random.default_rng(seed)
+    d = made(random.choice(4, 200, p=[.7, .2, .07, .03]), random.integers(0, 40, 200))
+    train, test = split(d, seed=seed)
+    assert not set(d.group[train]) & set(d.group[test])
+    for label in np.unique(d.labels):
+        if len(np.unique(d.group[d.labels == label])) >= 2:
+            assert label in d.labels[train] and label in d.labels[test]
+
+
+def test_split_that_cannot_be(phantom):
+    with pytest.raises(DataError, match="one group"):
+        split(made([0, 1, 0], [5, 5, 5]))
+    with pytest.raises(DataError, match="between 0 and 1"):
+        split(phantom, 1.5)

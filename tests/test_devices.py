@@ -1,0 +1,142 @@
+"""Simulated devices: deterministic, unequal, and with the gates that make them worth calling devices."""
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fedssg_helpers import devices, metrics
+from fedssg_helpers.keys import rng
+from fedssg_helpers.models import SmallCNN, predict, scale
+
+
+def grey_blocks(n=40, channels=3, size=28):
+    coarse = np.random.default_rng(0).integers(0, 256, (n, channels, size // 4, size // 4), dtype=np.uint8)
+    return coarse.repeat(4, 2).repeat(4, 3)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [28, 64])
+def test_a_view_depends_on_image_device_and_seed_only(channels, size):
+    images, owner = grey_blocks(40, channels, size), np.arange(40) % 4
+    seen = devices.apply(images, owner)
+    assert seen.shape == images.shape and seen.dtype == np.uint8
+    order = np.random.default_rng(1).permutation(40)[:9]
+    np.testing.assert_array_equal(devices.apply(images[order], owner[order]), seen[order])
+    assert (devices.apply(images, owner, seed=1) != seen).any()
+    assert (devices.apply(images, (owner + 1) % 4) != seen).any((1, 2, 3)).all()
+
+
+def test_views_do_not_depend_on_the_chunk(monkeypatch):
+    images, owner = grey_blocks(), np.arange(40) % 4
+    whole = devices.apply(images, owner)
+    monkeypatch.setattr(devices, "CHUNK", 7)
+    np.testing.assert_array_equal(devices.apply(images, owner), whole)
+
+
+def test_a_neutral_profile_changes_nothing(monkeypatch):
+    monkeypatch.setattr(devices, "COLOUR", (devices.Profile("neutral"),))
+    images = grey_blocks()
+    np.testing.assert_array_equal(devices.apply(images, np.zeros(40, int)), images)
+
+
+def test_blur_keeps_the_mean_and_softens():
+    image = np.zeros((1, 1, 28, 28))
+    image[0, 0, 14, 14] = 1
+    soft = devices._blur(image, np.array([0.8]), 3)
+    assert soft.sum() == pytest.approx(1) and soft.max() < 0.3
+
+
+def test_assignment_is_unequal_leaves_cells_empty_and_keeps_groups_together():
+    labels = np.random.default_rng(0).choice(7, 6000, p=[.6, .15, .1, .07, .04, .03, .01])
+    group = np.arange(6000)
+    owner = devices.assign(labels, group)
+    counts = np.zeros((7, 4), int)
+    np.add.at(counts, (labels, owner), 1)
+    assert (counts == 0).sum() >= 2 and (counts[0] > 0).all() and ((counts > 0).sum(1) >= 2).all()
+    share = counts.sum(0) / 6000
+    assert share.max() > 0.35 and share.min() < 0.1
+    np.testing.assert_array_equal(devices.assign(labels, group), owner)
+    owner = devices.assign(labels, group // 3)  # three images per patient, with mixed findings
+    assert (owner.reshape(-1, 3) == owner.reshape(-1, 3)[:, :1]).all()
+
+
+@pytest.mark.parametrize("counts", [[50, 20], [10], [5, 0, 3]])
+def test_affinity_copes_with_few_classes(counts):
+    weight = devices.affinity(np.array(counts))
+    assert weight.shape == (len(counts), 4) and ((weight == 1).sum(1) >= 2).all()
+
+
+# ------------------------------------------------------------------- the gates, on real images
+
+@pytest.fixture(scope="module", params=["dermamnist", "pneumoniamnist"])
+def real(request, shared_data):
+    """Real images in random order, and a task of two classes: with thousands of test images a point is a point."""
+    file = shared_data / f"{request.param}.npz"
+    if not file.exists():
+        pytest.skip(f"{file} is not there: the gates need real images")
+    with np.load(file, allow_pickle=False) as arrays:
+        images = np.concatenate([arrays["train_images"], arrays["val_images"]])
+        labels = np.concatenate([arrays["train_labels"], arrays["val_labels"]])[:, 0]
+    labels = (labels == 5 if request.param == "dermamnist" else labels).astype(np.int64)  # naevus or not
+    order = np.random.default_rng(0).permutation(len(images))[:5000]
+    images = images[order][:, None] if images.ndim == 3 else images[order].transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(images), labels[order]
+
+
+def on(images, device):
+    return devices.apply(images, np.full(len(images), device))
+
+
+def fitted(images, labels, epochs=5):
+    """A small classifier after a few passes, its loss adjusted by the class frequencies."""
+    net, random = SmallCNN(images.shape[1], 2, seed=0), rng(0, "gate")
+    x, y = scale(torch.from_numpy(images)), torch.from_numpy(labels)
+    prior = (torch.bincount(y) / len(y)).log()
+    steps = epochs * (len(y) // 50)
+    optimiser = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
+    rows = np.concatenate([random.permutation(len(y)) for _ in range(epochs)])[:steps * 50].reshape(steps, 50)
+    for row in rows:
+        optimiser.zero_grad(set_to_none=False)
+        F.cross_entropy(net(x[row]) + prior, y[row]).backward()
+        optimiser.step()
+        schedule.step()
+    return net
+
+
+def score(net, images, labels):
+    called = predict(net, torch.from_numpy(images)).numpy()
+    return 100 * metrics.balanced_accuracy(metrics.confusions(labels, called, 0 * labels, 2, 1)[0])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_a_linear_probe_names_the_device(real):
+    images, _ = real
+    owner = np.arange(len(images)) % 4
+    seen = devices.apply(images, owner)
+    n, c, h, w = seen.shape
+    x = seen.reshape(n, c, h // 2, 2, w // 2, 2).mean((3, 5)).reshape(n, -1) / 255  # half resolution: fewer weights
+    x = np.hstack([x, np.ones((n, 1))])
+    half = n * 3 // 4
+    weights = np.linalg.solve(x[:half].T @ x[:half] + np.eye(x.shape[1]), x[:half].T @ np.eye(4)[owner[:half]])
+    assert ((x[half:] @ weights).argmax(1) == owner[half:]).mean() >= 0.90
+
+
+def test_a_model_of_one_device_loses_on_the_others_and_one_of_all_devices_does_not(real):
+    images, labels = real
+    train, test = slice(0, 2500), slice(2500, 5000)
+    single = fitted(on(images[train], 0), labels[train])
+    own, *others = [score(single, on(images[test], d), labels[test]) for d in range(4)]
+    assert 5 <= own - np.mean(others) <= 25, (own, others)
+    owner = np.random.default_rng(0).integers(0, 4, len(images))
+    seen = devices.apply(images, owner)
+    clean = score(fitted(images[train], labels[train], 8), images[test], labels[test])
+    mixed = score(fitted(seen[train], labels[train], 8), seen[test], labels[test])
+    assert clean - mixed <= 3, (clean, mixed)
