@@ -59,7 +59,7 @@ class Budget:
     def __post_init__(self):
         for name in ("fill", "cell", "offer", "receive"):
             number = getattr(self, name)
-            if number != number or number < 0 or number != int(number):
+            if not (0 <= number < np.inf and number == int(number)):
                 raise ValueError(f"the budget's {name} is {number}; it counts images: a whole number, 0 or more")
         if not 0 <= self.power <= 1:
             raise ValueError(f"the budget's power is {self.power}; it must lie in 0..1 (0: all sources the same, "
