@@ -44,11 +44,16 @@ WHITE, BLUE = np.array([0.95, 0.90, 0.87]), np.array([0.42, 0.47, 0.60])
 # All coordinates u, v are float64 (112, 112); the image spans -1..1. All fields returned have that shape.
 
 def waves(random, u, v, period: float, count: int = 5) -> np.ndarray:
-    """A smooth random field, about zero mean and unit variance, whose hills are about `period` apart."""
+    """A smooth random field, about zero mean and unit variance, whose hills are about `period` apart.
+
+    u and v must be turned or shifted only, not bent: then a plane wave cos(a + b) over the image is
+    cos a cos b - sin a sin b of a row and a column, and needs no cosine per pixel.
+    """
     angle, phase = random.uniform(0, 2 * np.pi, (2, count))
     k = 2 * np.pi / period * random.uniform(0.7, 1.3, count)
-    return sum(np.cos(k[i] * (np.cos(angle[i]) * u + np.sin(angle[i]) * v) + phase[i])
-               for i in range(count)) * np.sqrt(2 / count)
+    row = k[:, None] * (np.cos(angle)[:, None] * u[0] + np.sin(angle)[:, None] * v[0]) + phase[:, None]
+    column = k[:, None] * (np.cos(angle)[:, None] * (u[:, 0] - u[0, 0]) + np.sin(angle)[:, None] * (v[:, 0] - v[0, 0]))
+    return (np.cos(column).T @ np.cos(row) - np.sin(column).T @ np.sin(row)) * np.sqrt(2 / count)
 
 
 def outline(random, u, v, size: float, ragged: float, lobes: int = 6, stretch: float = 0.15) -> np.ndarray:
@@ -79,8 +84,7 @@ def spots(random, u, v, count: int, spread: float, size: float) -> np.ndarray:
 
 def network(random, u, v, period: float, warp: float) -> np.ndarray:
     """A pigment network, 0..1: brown lines around a honeycomb of holes; `warp` makes it irregular."""
-    u = u + warp * waves(random, u, v, 0.9, 3)
-    v = v + warp * waves(random, u, v, 0.9, 3)
+    u, v = u + warp * waves(random, u, v, 0.9, 3), v + warp * waves(random, u, v, 0.9, 3)
     angle = random.uniform(0, np.pi)
     comb = sum(np.cos(2 * np.pi / period * (np.cos(angle + i * np.pi / 3) * u + np.sin(angle + i * np.pi / 3) * v))
                for i in range(3))

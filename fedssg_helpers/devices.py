@@ -61,11 +61,11 @@ class Profile:
 
 COLOUR = (
     Profile("simulated A", cast=(1.03, 1.00, 0.96), bias=(0.06, 0.0), noise=0.012, jpeg=92),
-    Profile("simulated B", cast=(1.06, 0.96, 0.82), gamma=0.88, contrast=1.10, vignette=0.30, noise=0.02, jpeg=80),
-    Profile("simulated C", cast=(0.89, 0.98, 1.09), gamma=1.15, contrast=0.92, blur=0.8, bias=(-0.08, 0.06), noise=0.02,
+    Profile("simulated B", cast=(1.08, 0.95, 0.78), gamma=0.80, contrast=1.12, vignette=0.30, noise=0.02, jpeg=80),
+    Profile("simulated C", cast=(0.86, 0.98, 1.12), gamma=1.25, contrast=0.88, blur=0.8, bias=(-0.08, 0.06), noise=0.015,
             jpeg=85),
-    Profile("simulated D", cast=(1.09, 0.88, 1.00), gamma=1.08, contrast=1.05, vignette=0.15, bias=(0.0, -0.10),
-            noise=0.04, jpeg=70),
+    Profile("simulated D", cast=(1.12, 0.84, 1.02), gamma=1.15, contrast=1.10, vignette=0.15, bias=(0.0, -0.10),
+            noise=0.035, jpeg=75),
 )
 GREY = (
     Profile("simulated A", bias=(0.12, 0.12), noise=0.01),

@@ -70,15 +70,17 @@ def test_affinity_copes_with_few_classes(counts):
 
 @pytest.fixture(scope="module", params=["dermamnist", "pneumoniamnist"])
 def real(request, shared_data):
-    """Real images in random order, and a task of two classes: with thousands of test images a point is a point."""
+    """Real images in random order. DermaMNIST's seven classes are merged to naevus, melanoma and the rest: with
+    hundreds of test images in each, a point of balanced accuracy is a point and not chance."""
     file = shared_data / f"{request.param}.npz"
     if not file.exists():
         pytest.skip(f"{file} is not there: the gates need real images")
     with np.load(file, allow_pickle=False) as arrays:
         images = np.concatenate([arrays["train_images"], arrays["val_images"]])
-        labels = np.concatenate([arrays["train_labels"], arrays["val_labels"]])[:, 0]
-    labels = (labels == 5 if request.param == "dermamnist" else labels).astype(np.int64)  # naevus or not
-    order = np.random.default_rng(0).permutation(len(images))[:5000]
+        labels = np.concatenate([arrays["train_labels"], arrays["val_labels"]])[:, 0].astype(np.int64)
+    if request.param == "dermamnist":
+        labels = np.where(labels == 5, 0, np.where(labels == 4, 1, 2))
+    order = np.random.default_rng(0).permutation(len(images))[:5200]
     images = images[order][:, None] if images.ndim == 3 else images[order].transpose(0, 3, 1, 2)
     return np.ascontiguousarray(images), labels[order]
 
@@ -87,9 +89,9 @@ def on(images, device):
     return devices.apply(images, np.full(len(images), device))
 
 
-def fitted(images, labels, epochs=5):
+def fitted(images, labels, epochs=5, seed=0):
     """A small classifier after a few passes, its loss adjusted by the class frequencies."""
-    net, random = SmallCNN(images.shape[1], 2, seed=0), rng(0, "gate")
+    net, random = SmallCNN(images.shape[1], int(labels.max()) + 1, seed), rng(seed, "gate")
     x, y = scale(torch.from_numpy(images)), torch.from_numpy(labels)
     prior = (torch.bincount(y) / len(y)).log()
     steps = epochs * (len(y) // 50)
@@ -105,8 +107,9 @@ def fitted(images, labels, epochs=5):
 
 
 def score(net, images, labels):
-    called = predict(net, torch.from_numpy(images)).numpy()
-    return 100 * metrics.balanced_accuracy(metrics.confusions(labels, called, 0 * labels, 2, 1)[0])
+    """Balanced accuracy in points."""
+    called, classes = predict(net, torch.from_numpy(images)).numpy(), int(labels.max()) + 1
+    return 100 * metrics.balanced_accuracy(metrics.confusions(labels, called, 0 * labels, classes, 1)[0])
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -129,14 +132,23 @@ def test_a_linear_probe_names_the_device(real):
     assert ((x[half:] @ weights).argmax(1) == owner[half:]).mean() >= 0.90
 
 
-def test_a_model_of_one_device_loses_on_the_others_and_one_of_all_devices_does_not(real):
+TRAIN, TEST = slice(0, 2700), slice(2700, 5200)
+
+
+def test_a_model_of_one_device_loses_on_the_others(real):
     images, labels = real
-    train, test = slice(0, 2500), slice(2500, 5000)
-    single = fitted(on(images[train], 0), labels[train])
-    own, *others = [score(single, on(images[test], d), labels[test]) for d in range(4)]
-    assert 5 <= own - np.mean(others) <= 25, (own, others)
-    owner = np.random.default_rng(0).integers(0, 4, len(images))
-    seen = devices.apply(images, owner)
-    clean = score(fitted(images[train], labels[train], 8), images[test], labels[test])
-    mixed = score(fitted(seen[train], labels[train], 8), seen[test], labels[test])
+    views = [on(images, d) for d in range(4)]
+    grid = np.array([[score(net, view[TEST], labels[TEST]) for view in views]
+                     for net in (fitted(view[:2000], labels[:2000], 4) for view in views)])
+    loss = (grid.diagonal()[:, None] - grid).sum(1) / 3  # of each device's model, mean over the other devices
+    print("\nloss on other devices, points:", loss.round(1))
+    assert 5 <= loss.mean() <= 25, grid
+
+
+def test_a_model_of_all_devices_loses_little_against_unshifted_images(real):
+    images, labels = real
+    seen = devices.apply(images, np.random.default_rng(0).integers(0, 4, len(images)))
+    clean, mixed = [np.mean([score(fitted(x[TRAIN], labels[TRAIN], 8, seed), x[TEST], labels[TEST]) for seed in (1, 2)])
+                    for x in (images, seen)]
+    print("\nunshifted, all devices, points:", round(clean, 1), round(mixed, 1))
     assert clean - mixed <= 3, (clean, mixed)
