@@ -76,6 +76,7 @@ def heat(axis, values, rows, columns, *, title="", fmt="d", cmap=COUNTS, log=Fal
                 **limits)
     axis.set_title(title)
     axis.tick_params(axis="y", rotation=0)
+    axis.grid(False)  # an empty cell is white, not crossed by a grid line
 
 
 def hospital_map(have, classes, devices, title: str = "Images per hospital, class and device") -> Figure:
@@ -210,7 +211,8 @@ def coverage_map(axis, have, classes, devices, *, most: int, title: str = ""):
     grid = np.asarray(have, float).reshape(len(have), -1)
     axis.patch.set(facecolor="0.96", hatch="/////", edgecolor="0.75")
     mesh = axis.pcolormesh(np.ma.masked_less(grid, 1), norm=LogNorm(1, max(most, 2)), cmap=COUNTS)
-    axis.set_xticks((np.arange(len(classes)) + 0.5) * len(devices), classes, rotation=45, ha="right")
+    axis.set_xticks((np.arange(len(classes)) + 0.5) * len(devices), short(classes), rotation=30, ha="right",
+                    rotation_mode="anchor")
     axis.set_yticks(np.arange(len(have)) + 0.5, range(len(have)))
     axis.vlines(np.arange(1, len(classes)) * len(devices), 0, len(have), color="white", linewidth=2)
     axis.hlines(np.arange(1, len(have)), 0, grid.shape[1], color="white", linewidth=1)
