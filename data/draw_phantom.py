@@ -2,10 +2,10 @@
 
     python data/draw_phantom.py
 
-These are drawings, not medical images: no patient was ever photographed for them, and nothing learnt from them says
-anything about real skin. Their six classes follow the ABCD rule of dermoscopy (asymmetry, border, colour,
-differential structures; Nachbar et al. 1994, doi:10.1016/S0190-9622(94)70061-3), so a class lies in shape and
-structure rather than in one average colour:
+These are drawings, not medical images: no patient was ever photographed for them, and nothing learnt from
+them says anything about real skin. Their six classes follow the ABCD rule of dermoscopy (asymmetry, border,
+colour, differential structures; Nachbar et al. 1994, doi:10.1016/S0190-9622(94)70061-3), so a class lies in
+shape and structure rather than in one average colour:
 
     naevus     symmetric, soft border, even brown, a regular pigment network or globules
     keratosis  sharp, scalloped border, waxy brown, white cysts and dark pores
@@ -14,10 +14,12 @@ structure rather than in one average colour:
     vascular   red to purple round lagoons
     fibroma    white scar-like centre in a faint brown ring
 
-Colour is mixed as skin does it: light is absorbed by melanin and by blood (Beer-Lambert), then scattered by white
-keratin or scar. Every drawing is four times finer than what is stored. The file holds clean drawings; the devices
-are applied on loading, by the code that also simulates them for MedMNIST. The same code gives the same bytes.
+Colour is mixed as skin does it: light is absorbed by melanin and by blood (Beer-Lambert), then scattered by
+white keratin or scar. Every drawing is four times finer than what is stored. The file holds clean drawings;
+the devices are applied on loading, by the code that also simulates them for MedMNIST. The same code gives
+the same bytes.
 """
+
 from __future__ import annotations
 
 import sys
@@ -40,8 +42,9 @@ MELANIN, BLOOD = np.array([0.75, 1.35, 1.75]), np.array([0.22, 1.25, 1.05])  # a
 WHITE, BLUE = np.array([0.95, 0.90, 0.87]), np.array([0.42, 0.47, 0.60])
 
 
-# ------------------------------------------------------------------------------------------- pieces of a drawing
+# ---------------------------------------- pieces of a drawing
 # All coordinates u, v are float64 (112, 112); the image spans -1..1. All fields returned have that shape.
+
 
 def waves(random, u, v, period: float, count: int = 5) -> np.ndarray:
     """A smooth random field, about zero mean and unit variance, whose hills are about `period` apart.
@@ -52,7 +55,9 @@ def waves(random, u, v, period: float, count: int = 5) -> np.ndarray:
     angle, phase = random.uniform(0, 2 * np.pi, (2, count))
     k = 2 * np.pi / period * random.uniform(0.7, 1.3, count)
     row = k[:, None] * (np.cos(angle)[:, None] * u[0] + np.sin(angle)[:, None] * v[0]) + phase[:, None]
-    column = k[:, None] * (np.cos(angle)[:, None] * (u[:, 0] - u[0, 0]) + np.sin(angle)[:, None] * (v[:, 0] - v[0, 0]))
+    column = k[:, None] * (
+        np.cos(angle)[:, None] * (u[:, 0] - u[0, 0]) + np.sin(angle)[:, None] * (v[:, 0] - v[0, 0])
+    )
     return (np.cos(column).T @ np.cos(row) - np.sin(column).T @ np.sin(row)) * np.sqrt(2 / count)
 
 
@@ -63,7 +68,9 @@ def outline(random, u, v, size: float, ragged: float, lobes: int = 6, stretch: f
     x, y = x * ratio, y / ratio
     around, border = np.arctan2(y, x), 1.0
     for k in range(2, lobes + 1):
-        border = border + ragged * random.normal() / k**0.8 * np.cos(k * around + random.uniform(0, 2 * np.pi))
+        border = border + ragged * random.normal() / k**0.8 * np.cos(
+            k * around + random.uniform(0, 2 * np.pi)
+        )
     return np.hypot(x, y) / (size * np.maximum(border, 0.3))
 
 
@@ -76,7 +83,11 @@ def spots(random, u, v, count: int, spread: float, size: float) -> np.ndarray:
     """`count` round spots, 0..1, scattered over a disc of radius `spread`."""
     field = np.zeros_like(u)
     for _ in range(count):
-        r, a, s = spread * np.sqrt(random.uniform()), random.uniform(0, 2 * np.pi), size * random.uniform(0.7, 1.3)
+        r, a, s = (
+            spread * np.sqrt(random.uniform()),
+            random.uniform(0, 2 * np.pi),
+            size * random.uniform(0.7, 1.3),
+        )
         d2 = ((u - r * np.cos(a)) ** 2 + (v - r * np.sin(a)) ** 2) / s**2
         field = np.maximum(field, np.exp(-np.minimum(d2, 5.0) ** 2))
     return field
@@ -86,8 +97,10 @@ def network(random, u, v, period: float, warp: float) -> np.ndarray:
     """A pigment network, 0..1: brown lines around a honeycomb of holes; `warp` makes it irregular."""
     u, v = u + warp * waves(random, u, v, 0.9, 3), v + warp * waves(random, u, v, 0.9, 3)
     angle = random.uniform(0, np.pi)
-    comb = sum(np.cos(2 * np.pi / period * (np.cos(angle + i * np.pi / 3) * u + np.sin(angle + i * np.pi / 3) * v))
-               for i in range(3))
+    comb = sum(
+        np.cos(2 * np.pi / period * (np.cos(angle + i * np.pi / 3) * u + np.sin(angle + i * np.pi / 3) * v))
+        for i in range(3)
+    )
     return 1 / (1 + np.exp(1.8 * (comb - 0.1)))
 
 
@@ -103,9 +116,10 @@ def strands(random, u, v, count: int, spread: float, width: float) -> np.ndarray
     return field
 
 
-# ---------------------------------------------------------------------------------------------------- the classes
-# Each returns the amounts of melanin, blood, white and blue in the skin; `much` (0..1) says how typical the lesion
-# is: the untypical ones of all classes resemble one another, and that is what makes the task hard.
+# ---------------------------------------- the classes
+# Each returns the amounts of melanin, blood, white and blue in the skin; `much` (0..1) says how typical the
+# lesion is: the untypical ones of all classes resemble one another, and that is what makes the task hard.
+
 
 def naevus(random, u, v, much):
     rho = outline(random, u, v, random.uniform(0.35, 0.68), 0.04 + 0.12 * (1 - much))
@@ -115,7 +129,12 @@ def naevus(random, u, v, much):
         tone = tone + (0.2 + 0.4 * much) * (network(random, u, v, random.uniform(0.22, 0.30), 0.03) - 0.5)
     else:
         tone = tone + 0.5 * much * spots(random, u, v, random.integers(6, 14), 0.5, 0.08)
-    return dark * body * tone, random.uniform(0.05, 0.35) * body, random.uniform(0, 0.25) * (1 - much) * body, random.uniform(0, 0.12) * body * (rho < 0.6)
+    return (
+        dark * body * tone,
+        random.uniform(0.05, 0.35) * body,
+        random.uniform(0, 0.25) * (1 - much) * body,
+        random.uniform(0, 0.12) * body * (rho < 0.6),
+    )
 
 
 def keratosis(random, u, v, much):
@@ -124,8 +143,12 @@ def keratosis(random, u, v, much):
     tone = 1 + 0.18 * waves(random, u, v, 0.6) + 0.20 * waves(random, u, v, 0.3) * much
     pores = spots(random, u, v, random.integers(2, 8), 0.5, 0.055) * body
     cysts = spots(random, u, v, random.integers(3, 10), 0.5, 0.06) * body
-    return (dark * body * tone + 0.8 * much * pores, 0.10 * body,
-            (0.05 + 0.12 * much + 0.65 * much * cysts) * body * (1 - pores), 0.10 * much * body)
+    return (
+        dark * body * tone + 0.8 * much * pores,
+        0.10 * body,
+        (0.05 + 0.12 * much + 0.65 * much * cysts) * body * (1 - pores),
+        0.10 * much * body,
+    )
 
 
 def melanoma(random, u, v, much):
@@ -137,9 +160,15 @@ def melanoma(random, u, v, much):
     tone = 1 + (0.15 + 0.45 * much) * patch + 0.4 * (network(random, u, v, 0.34, 0.08) - 0.5)
     tone = tone + 0.6 * much * spots(random, u, v, random.integers(3, 9), 0.55, 0.10)
     veil = inside(outline(random, u - random.normal(0, 0.2), v - random.normal(0, 0.2), 0.3, 0.15), 0.15)
-    pale = inside(outline(random, u - random.normal(0, 0.3), v - random.normal(0, 0.3), 0.2, 0.2), 0.2) * (1 - veil)
-    return (dark * body * np.maximum(tone, 0.15), (0.15 + 0.35 * much * np.maximum(0, -patch)) * body,
-            0.5 * much * pale * body, 0.6 * much * veil * body)
+    pale = inside(outline(random, u - random.normal(0, 0.3), v - random.normal(0, 0.3), 0.2, 0.2), 0.2) * (
+        1 - veil
+    )
+    return (
+        dark * body * np.maximum(tone, 0.15),
+        (0.15 + 0.35 * much * np.maximum(0, -patch)) * body,
+        0.5 * much * pale * body,
+        0.6 * much * veil * body,
+    )
 
 
 def carcinoma(random, u, v, much):
@@ -147,9 +176,12 @@ def carcinoma(random, u, v, much):
     body = inside(rho, random.uniform(0.08, 0.16))
     tree = strands(random, u, v, random.integers(2, 6), 0.7, 0.03) * inside(rho, 0.2)
     nests = spots(random, u, v, random.integers(1, 6), 0.45, 0.14) * body
-    return ((0.45 * (1 - much) + 0.10) * body * (1 + 0.2 * waves(random, u, v, 0.6)) + 0.55 * much * nests,
-            (0.25 + 0.15 * waves(random, u, v, 0.9)).clip(0.05) * body + (0.3 + 0.8 * much) * tree,
-            0.25 * much * body * (1 - nests), 0.6 * much * nests)
+    return (
+        (0.45 * (1 - much) + 0.10) * body * (1 + 0.2 * waves(random, u, v, 0.6)) + 0.55 * much * nests,
+        (0.25 + 0.15 * waves(random, u, v, 0.9)).clip(0.05) * body + (0.3 + 0.8 * much) * tree,
+        0.25 * much * body * (1 - nests),
+        0.6 * much * nests,
+    )
 
 
 def vascular(random, u, v, much):
@@ -157,9 +189,12 @@ def vascular(random, u, v, much):
     body = inside(rho, random.uniform(0.04, 0.10))
     lagoons = spots(random, u, v, random.integers(5, 12), 0.5, random.uniform(0.13, 0.2)) * body
     purple = random.uniform(0, 0.5)
-    return ((0.10 + 0.5 * (1 - much) + 0.5 * purple * lagoons) * body,
-            (0.20 + 0.50 * much) * body + (0.1 + 1.1 * much) * lagoons,
-            0.15 * body * (1 - lagoons), purple * 0.3 * lagoons)
+    return (
+        (0.10 + 0.5 * (1 - much) + 0.5 * purple * lagoons) * body,
+        (0.20 + 0.50 * much) * body + (0.1 + 1.1 * much) * lagoons,
+        0.15 * body * (1 - lagoons),
+        purple * 0.3 * lagoons,
+    )
 
 
 def fibroma(random, u, v, much):
@@ -174,7 +209,8 @@ def fibroma(random, u, v, much):
 DRAW = (naevus, keratosis, melanoma, carcinoma, vascular, fibroma)
 
 
-# ------------------------------------------------------------------------------------------------------ one image
+# ---------------------------------------- one image
+
 
 def skin(random, u, v) -> np.ndarray:
     """Bare skin (112, 112, 3), 0..1: a skin tone, a flush, and its mottling."""
@@ -195,7 +231,9 @@ def draw(label: int, lesion: int, view: int, seed: int = SEED) -> np.ndarray:
 
     image = skin(what, u, v)
     melanin, blood, white, blue = DRAW[label](what, u, v, what.beta(1.5, 1.4))
-    image = image * np.exp(-np.maximum(melanin, 0)[..., None] * MELANIN - np.maximum(blood, 0)[..., None] * BLOOD)
+    image = image * np.exp(
+        -np.maximum(melanin, 0)[..., None] * MELANIN - np.maximum(blood, 0)[..., None] * BLOOD
+    )
     for amount, colour in ((blue, BLUE), (white, WHITE)):
         amount = np.clip(amount, 0, 1)[..., None]
         image = image * (1 - amount) + amount * colour
@@ -209,16 +247,24 @@ def draw(label: int, lesion: int, view: int, seed: int = SEED) -> np.ndarray:
 
 
 def draw_all(seed: int = SEED) -> dict[str, np.ndarray]:
-    """The arrays of phantom.npz: images (N, 28, 28, 3) uint8, labels, device, group (N,), class_names (6,)."""
+    """The arrays of phantom.npz: images (N, 28, 28, 3) uint8, labels, device, group (N,), class_names
+    (6,)."""
     random = rng(seed, "phantom census")
-    kinds = random.permutation(np.repeat(np.arange(len(CLASSES)), np.rint(LESIONS * np.array(SHARES)).astype(int)))
+    kinds = random.permutation(
+        np.repeat(np.arange(len(CLASSES)), np.rint(LESIONS * np.array(SHARES)).astype(int))
+    )
     views = 1 + random.choice(3, len(kinds), p=VIEWS)
     group = np.repeat(np.arange(len(kinds)), views)
     labels = kinds[group]
     view = np.arange(len(group)) - np.repeat(np.cumsum(views) - views, views)
     images = np.stack([draw(label, lesion, i, seed) for label, lesion, i in zip(labels, group, view)])
-    return dict(images=images, labels=labels.astype(np.uint8), group=group.astype(np.int16),
-                device=devices.assign(labels, group, seed).astype(np.uint8), class_names=np.array(CLASSES))
+    return dict(
+        images=images,
+        labels=labels.astype(np.uint8),
+        group=group.astype(np.int16),
+        device=devices.assign(labels, group, seed).astype(np.uint8),
+        class_names=np.array(CLASSES),
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
 """Simulated imaging devices: fixed profiles that change how an image looks, never what it shows.
 
 MedMNIST and our drawn phantoms carry no device label, so the course simulates one: four profiles of cameras
-(colour) or scanners (grey), each with a small jitter from image to image, and a rule for who was imaged where.
-Whatever comes from here is called *simulated* in every lesson.
+(colour) or scanners (grey), each with a small jitter from image to image, and a rule for who was imaged
+where. Whatever comes from here is called *simulated* in every lesson.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -61,11 +62,29 @@ class Profile:
 
 COLOUR = (
     Profile("simulated A", cast=(1.03, 1.00, 0.96), bias=(0.06, 0.0), noise=0.012, jpeg=92),
-    Profile("simulated B", cast=(1.08, 0.95, 0.78), gamma=0.80, contrast=1.12, vignette=0.30, noise=0.02, jpeg=80),
-    Profile("simulated C", cast=(0.86, 0.98, 1.12), gamma=1.25, contrast=0.88, blur=0.8, bias=(-0.08, 0.06), noise=0.015,
-            jpeg=85),
-    Profile("simulated D", cast=(1.12, 0.84, 1.02), gamma=1.15, contrast=1.10, vignette=0.15, bias=(0.0, -0.10),
-            noise=0.035, jpeg=75),
+    Profile(
+        "simulated B", cast=(1.08, 0.95, 0.78), gamma=0.80, contrast=1.12, vignette=0.30, noise=0.02, jpeg=80
+    ),
+    Profile(
+        "simulated C",
+        cast=(0.86, 0.98, 1.12),
+        gamma=1.25,
+        contrast=0.88,
+        blur=0.8,
+        bias=(-0.08, 0.06),
+        noise=0.015,
+        jpeg=85,
+    ),
+    Profile(
+        "simulated D",
+        cast=(1.12, 0.84, 1.02),
+        gamma=1.15,
+        contrast=1.10,
+        vignette=0.15,
+        bias=(0.0, -0.10),
+        noise=0.035,
+        jpeg=75,
+    ),
 )
 GREY = (
     Profile("simulated A", bias=(0.12, 0.12), noise=0.01),
@@ -86,7 +105,8 @@ def _settings(profile: Profile) -> np.ndarray:
 
 
 def _blur(images: np.ndarray, sigma: np.ndarray, radius: int) -> np.ndarray:
-    """Gaussian blur of images (n, C, H, W), each with its own standard deviation (n,), cut off at `radius` pixels."""
+    """Gaussian blur of images (n, C, H, W), each with its own standard deviation (n,), cut off at `radius`
+    pixels."""
     offset = np.arange(-radius, radius + 1)
     weight = np.exp(-0.5 * (offset / np.maximum(sigma, 1e-3)[:, None]) ** 2)
     weight /= weight.sum(1, keepdims=True)
@@ -94,20 +114,24 @@ def _blur(images: np.ndarray, sigma: np.ndarray, radius: int) -> np.ndarray:
         width = [(0, 0)] * 4
         width[axis] = (radius, radius)
         padded, size = np.pad(images, width, mode="reflect"), images.shape[axis]
-        images = sum(weight[:, i, None, None, None] * padded.take(range(i, i + size), axis)
-                     for i in range(len(offset)))
+        images = sum(
+            weight[:, i, None, None, None] * padded.take(range(i, i + size), axis) for i in range(len(offset))
+        )
     return images
 
 
 def _jpeg(image: np.ndarray, quality: float) -> np.ndarray:
     """One image (C, H, W), uint8, through a JPEG file of the given quality."""
     file = io.BytesIO()
-    Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(file, "JPEG", quality=int(quality))
+    Image.fromarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)).save(
+        file, "JPEG", quality=int(quality)
+    )
     return np.asarray(Image.open(file)).reshape(*image.shape[1:], len(image)).transpose(2, 0, 1)
 
 
 def _render(images: np.ndarray, settings: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """Images (n, C, H, W), uint8, seen with settings (n, 12); `noise` is standard normal, shape (2, n, C, H, W)."""
+    """Images (n, C, H, W), uint8, seen with settings (n, 12); `noise` is standard normal, shape (2, n, C, H,
+    W)."""
     size = images.shape[-1]
     column = [s[:, None, None, None] for s in settings.T]
     gamma, contrast, blur, vignette, right, down, sensor, speckle, jpeg = column[3:]
@@ -145,7 +169,7 @@ def apply(images: np.ndarray, device: np.ndarray, seed: int = 0) -> np.ndarray:
     neutral, base = _settings(Profile("neutral")), np.stack([_settings(p) for p in table])
     seen = np.empty_like(images)
     for start in range(0, len(images), CHUNK):
-        part, owner = images[start:start + CHUNK], np.asarray(device)[start:start + CHUNK]
+        part, owner = images[start : start + CHUNK], np.asarray(device)[start : start + CHUNK]
         jitter = np.empty((len(part), len(neutral)))
         noise = np.empty((2, *part.shape))
         for i, image in enumerate(part):
@@ -154,15 +178,15 @@ def apply(images: np.ndarray, device: np.ndarray, seed: int = 0) -> np.ndarray:
             jitter[i] = random.standard_normal(len(neutral))
             noise[:, i] = random.standard_normal((2, *image.shape))
         settings = neutral + (base[owner] - neutral) * (1 + JITTER * jitter.clip(-2, 2))
-        seen[start:start + CHUNK] = _render(part, settings, noise)
+        seen[start : start + CHUNK] = _render(part, settings, noise)
     return seen
 
 
 def affinity(counts: np.ndarray, devices: int = 4, seed: int = 0) -> np.ndarray:
     """How readily each class is imaged on each device: 1 as a rule, 0 never, 0.04 hardly ever.
 
-    About a twelfth of the (class, device) cells is empty and a sixth nearly so, as in HAM10000 (2 and 5 of 28).
-    The commonest class is seen everywhere, and every class on at least two devices.
+    About a twelfth of the (class, device) cells is empty and a sixth nearly so, as in HAM10000 (2 and 5 of
+    28). The commonest class is seen everywhere, and every class on at least two devices.
 
     Parameters
     ----------
@@ -186,8 +210,8 @@ def affinity(counts: np.ndarray, devices: int = 4, seed: int = 0) -> np.ndarray:
 def assign(labels: np.ndarray, group: np.ndarray, seed: int = 0) -> np.ndarray:
     """Which of the four simulated devices took each image.
 
-    All images of a group (a lesion or a patient) share a device. Devices are unequally busy (`SHARES`), and some
-    (class, device) cells stay empty (`affinity`).
+    All images of a group (a lesion or a patient) share a device. Devices are unequally busy (`SHARES`), and
+    some (class, device) cells stay empty (`affinity`).
 
     Parameters
     ----------

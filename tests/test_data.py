@@ -1,4 +1,5 @@
 """Loading and checking data sets: every source, every fault with its cure, splits without leaks."""
+
 import csv
 import importlib.util
 import zipfile
@@ -34,11 +35,16 @@ def check(d: ImageSet):
     assert d.licence and all(type(name) is str for name in d.classes + d.devices)
 
 
-# ---------------------------------------------------------------------------------------------------- own files
+# ---------------------------------------- own files
+
 
 def test_own_file_with_everything(tmp_path):
-    path = saved(tmp_path / "mine.npz", device=np.where(np.arange(N) % 2, "b", "a"), group=np.arange(N) // 2,
-                 class_names=["x", "y", "z"])
+    path = saved(
+        tmp_path / "mine.npz",
+        device=np.where(np.arange(N) % 2, "b", "a"),
+        group=np.arange(N) // 2,
+        class_names=["x", "y", "z"],
+    )
     d = load(path)
     check(d)
     assert (d.name, d.classes, d.devices, d.simulated) == ("mine", ("x", "y", "z"), ("a", "b"), False)
@@ -78,7 +84,11 @@ FAULTS = {
     "float images": (dict(images=IMAGES / 255), "float64, not uint8", "Scale them to 0..255"),
     "NaN images": (dict(images=np.full((N, 28, 28), np.nan)), "NaN", "Repair or drop"),
     "wider whole numbers": (dict(images=IMAGES.astype(np.int32)), "int32, not uint8", "Scale"),
-    "channels first": (dict(images=IMAGES.transpose(0, 3, 1, 2)), "channels come last", "transpose(0, 2, 3, 1)"),
+    "channels first": (
+        dict(images=IMAGES.transpose(0, 3, 1, 2)),
+        "channels come last",
+        "transpose(0, 2, 3, 1)",
+    ),
     "alpha channel": (dict(images=np.zeros((N, 28, 28, 4), np.uint8)), "shape", "images[..., :3]"),
     "volumes": (dict(images=np.zeros((N, 8, 28, 28, 1), np.uint8)), "shape", "3-D volumes"),
     "one flat row each": (dict(images=np.zeros((N, 784), np.uint8)), "shape", "(N, H, W)"),
@@ -90,9 +100,17 @@ FAULTS = {
     "absurd label": (dict(labels=np.r_[10**9, np.zeros(N - 1, int)]), "out of the range", "Renumber"),
     "negative label": (dict(labels=np.arange(N) % 3 - 1), "run from -1", "Renumber"),
     "fractional labels": (dict(labels=np.arange(N) / 7), "not whole numbers", "np.unique"),
-    "names as labels": (dict(labels=np.where(np.arange(N) % 2, "ill", "well")), "not whole numbers", "class_names"),
+    "names as labels": (
+        dict(labels=np.where(np.arange(N) % 2, "ill", "well")),
+        "not whole numbers",
+        "class_names",
+    ),
     "one-hot labels": (dict(labels=np.eye(3)[np.arange(N) % 3]), "shape", "argmax"),
-    "too few labels": (dict(labels=np.arange(N - 1) % 3), f"({N - 1},) for {N} images", "one value per image"),
+    "too few labels": (
+        dict(labels=np.arange(N - 1) % 3),
+        f"({N - 1},) for {N} images",
+        "one value per image",
+    ),
     "one class": (dict(labels=np.ones(N, int)), "all labels are 1", "two classes"),
     "device too short": (dict(device=np.zeros(3, int)), "device has shape (3,)", "one value per image"),
     "group too long": (dict(group=np.zeros(N + 1, int)), "group has shape", "one value per image"),
@@ -118,7 +136,7 @@ def test_every_fault_is_named_with_its_cure(tmp_path, fault):
 def test_a_truncated_file(tmp_path, keep):
     path = saved(tmp_path / "cut.npz")
     whole = path.read_bytes()
-    path.write_bytes(whole[:int(keep * len(whole)) if keep < 1 else keep])
+    path.write_bytes(whole[: int(keep * len(whole)) if keep < 1 else keep])
     with pytest.raises(DataError, match="cut.npz: (truncated|not a readable)"):
         load(path)
 
@@ -128,7 +146,7 @@ def test_a_damaged_file(tmp_path, where):
     path = saved(tmp_path / "bad.npz")
     content = bytearray(path.read_bytes())
     start = int(where * len(content)) if where < 1 else where
-    content[start:start + 40] = bytes(b ^ 0xFF for b in content[start:start + 40])
+    content[start : start + 40] = bytes(b ^ 0xFF for b in content[start : start + 40])
     path.write_bytes(content)
     with pytest.raises(DataError, match="bad.npz"):
         load(path)
@@ -164,7 +182,8 @@ def test_data_folder(monkeypatch, tmp_path):
     assert data.data_folder() == data.data_folder("") == data.PROJECT_DATA
 
 
-# ------------------------------------------------------------------------------------------------------ phantoms
+# ---------------------------------------- phantoms
+
 
 @pytest.fixture(scope="module")
 def phantom():
@@ -183,7 +202,9 @@ def test_phantom(phantom):
     views = np.bincount(phantom.group)
     assert set(views) == {1, 2, 3}
     for constant in (phantom.labels, phantom.device):
-        np.testing.assert_array_equal(constant, constant[np.unique(phantom.group, return_index=True)[1]][phantom.group])
+        np.testing.assert_array_equal(
+            constant, constant[np.unique(phantom.group, return_index=True)[1]][phantom.group]
+        )
 
 
 def test_redrawing_the_phantoms_gives_the_same_bytes(tmp_path):
@@ -204,7 +225,8 @@ def test_redrawing_the_phantoms_gives_the_same_bytes(tmp_path):
         assert stored.read_bytes() == (tmp_path / "again.npz").read_bytes()
 
 
-# ------------------------------------------------------------------------------------------------------ MedMNIST
+# ---------------------------------------- MedMNIST
+
 
 def medmnist_file(path, size=28, channels=(), n=(30, 10, 20), **extra):
     random, parts = np.random.default_rng(0), {}
@@ -227,7 +249,11 @@ def test_medmnist_from_a_local_file(tmp_path, size, name):
 
 
 def test_medmnist_faults(tmp_path):
-    for name, part in (("chestmnist", "multi-label"), ("organmnist3d", "three-dimensional"), ("mnist", "no data set")):
+    for name, part in (
+        ("chestmnist", "multi-label"),
+        ("organmnist3d", "three-dimensional"),
+        ("mnist", "no data set"),
+    ):
         with pytest.raises(DataError, match=part):
             load(name, tmp_path)
     with pytest.raises(DataError, match="size 28, 64 or 128"):
@@ -258,7 +284,10 @@ def test_a_failed_download_says_what_failed_and_leaves_nothing(tmp_path, monkeyp
 
 def test_a_download_is_kept(tmp_path, monkeypatch):
     from torchvision.datasets import utils
-    monkeypatch.setattr(utils, "download_url", lambda url, root, filename, md5: medmnist_file(f"{root}/{filename}"))
+
+    monkeypatch.setattr(
+        utils, "download_url", lambda url, root, filename, md5: medmnist_file(f"{root}/{filename}")
+    )
     check(load("breastmnist", tmp_path))
     assert [path.name for path in tmp_path.iterdir()] == ["breastmnist.npz"]
 
@@ -277,18 +306,34 @@ def test_pneumoniamnist_keeps_its_official_split(shared_data):
     assert d.images.shape == (5856, 1, 28, 28) and len(split(d)[1]) == 624
 
 
-# ------------------------------------------------------------------------------------------------------ HAM10000
+# ---------------------------------------- HAM10000
 
-def publisher(folder, parts=("HAM10000_images_part_1", "HAM10000_images_part_2"), lesions=24, drop=(), **changes):
+
+def publisher(
+    folder, parts=("HAM10000_images_part_1", "HAM10000_images_part_2"), lesions=24, drop=(), **changes
+):
     """The publisher's layout in small; returns the rows of its table."""
     rows = []
     for i in range(lesions):
         image = f"ISIC_{i:07d}"
-        rows.append(dict(lesion_id=f"HAM_{i // 2:07d}", image_id=image, dx=data.HAM_CLASSES[i // 2 % 7], dx_type="histo",
-                         age="50", sex="male", localization="back", dataset=("rosendahl", "vidir_modern")[i % 2]) | changes)
+        rows.append(
+            dict(
+                lesion_id=f"HAM_{i // 2:07d}",
+                image_id=image,
+                dx=data.HAM_CLASSES[i // 2 % 7],
+                dx_type="histo",
+                age="50",
+                sex="male",
+                localization="back",
+                dataset=("rosendahl", "vidir_modern")[i % 2],
+            )
+            | changes
+        )
         (folder / parts[i % len(parts)]).mkdir(parents=True, exist_ok=True)
         if i not in drop:
-            Image.new("RGB", (60, 45), (10 * i, 100, 50)).save(folder / parts[i % len(parts)] / f"{image}.jpg")
+            Image.new("RGB", (60, 45), (10 * i, 100, 50)).save(
+                folder / parts[i % len(parts)] / f"{image}.jpg"
+            )
     with open(folder / "HAM10000_metadata.csv", "w", newline="") as file:
         table = csv.DictWriter(file, list(rows[0]))
         table.writeheader()
@@ -366,13 +411,23 @@ def test_ham10000_publishers_sample(shared_data, tmp_path):
     assert len(d) == 143 and d.devices == ready.devices
 
 
-# --------------------------------------------------------------------------------------------------------- splits
+# ---------------------------------------- splits
+
 
 def made(labels, group, device=None):
     labels, n = np.asarray(labels), len(labels)
     device = np.zeros(n, np.int64) if device is None else device
-    return ImageSet("made", np.zeros((n, 1, 16, 16), np.uint8), labels.astype(np.int64), device, np.asarray(group),
-                    tuple("abcdefg"), tuple("pqrs"), "none", False)
+    return ImageSet(
+        "made",
+        np.zeros((n, 1, 16, 16), np.uint8),
+        labels.astype(np.int64),
+        device,
+        np.asarray(group),
+        tuple("abcdefg"),
+        tuple("pqrs"),
+        "none",
+        False,
+    )
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -406,7 +461,7 @@ def test_rare_classes_are_on_both_sides(seed):
 @pytest.mark.parametrize("seed", range(5))
 def test_patients_with_several_findings_stay_whole(seed):
     random = np.random.default_rng(seed)
-    d = made(random.choice(4, 200, p=[.7, .2, .07, .03]), random.integers(0, 40, 200))
+    d = made(random.choice(4, 200, p=[0.7, 0.2, 0.07, 0.03]), random.integers(0, 40, 200))
     train, test = split(d, seed=seed)
     assert not set(d.group[train]) & set(d.group[test])
     for label in np.unique(d.labels):

@@ -1,4 +1,5 @@
 """Simulated devices: deterministic, unequal, and with the gates that make them worth calling devices."""
+
 import numpy as np
 import pytest
 import torch
@@ -47,7 +48,7 @@ def test_blur_keeps_the_mean_and_softens():
 
 
 def test_assignment_is_unequal_leaves_cells_empty_and_keeps_groups_together():
-    labels = np.random.default_rng(0).choice(7, 6000, p=[.6, .15, .1, .07, .04, .03, .01])
+    labels = np.random.default_rng(0).choice(7, 6000, p=[0.6, 0.15, 0.1, 0.07, 0.04, 0.03, 0.01])
     group = np.arange(6000)
     owner = devices.assign(labels, group)
     counts = np.zeros((7, 4), int)
@@ -66,11 +67,13 @@ def test_affinity_copes_with_few_classes(counts):
     assert weight.shape == (len(counts), 4) and ((weight == 1).sum(1) >= 2).all()
 
 
-# ------------------------------------------------------------------- the gates, on real images
+# ---------------------------------------- the gates, on real images
+
 
 @pytest.fixture(scope="module", params=["dermamnist", "pneumoniamnist"])
 def real(request, shared_data):
-    """Real images in random order. DermaMNIST's seven classes are merged to naevus, melanoma and the rest: with
+    """Real images in random order. DermaMNIST's seven classes are merged to naevus, melanoma and the rest:
+    with
     hundreds of test images in each, a point of balanced accuracy is a point and not chance."""
     file = shared_data / f"{request.param}.npz"
     if not file.exists():
@@ -97,7 +100,9 @@ def fitted(images, labels, epochs=5, seed=0):
     steps = epochs * (len(y) // 50)
     optimiser = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-    rows = np.concatenate([random.permutation(len(y)) for _ in range(epochs)])[:steps * 50].reshape(steps, 50)
+    rows = np.concatenate([random.permutation(len(y)) for _ in range(epochs)])[: steps * 50].reshape(
+        steps, 50
+    )
     for row in rows:
         optimiser.zero_grad(set_to_none=False)
         F.cross_entropy(net(x[row]) + prior, y[row]).backward()
@@ -125,10 +130,14 @@ def test_a_linear_probe_names_the_device(real):
     owner = np.arange(len(images)) % 4
     seen = devices.apply(images, owner)
     n, c, h, w = seen.shape
-    x = seen.reshape(n, c, h // 2, 2, w // 2, 2).mean((3, 5)).reshape(n, -1) / 255  # half resolution: fewer weights
+    x = (
+        seen.reshape(n, c, h // 2, 2, w // 2, 2).mean((3, 5)).reshape(n, -1) / 255
+    )  # half resolution: fewer weights
     x = np.hstack([x, np.ones((n, 1))])
     half = n * 3 // 4
-    weights = np.linalg.solve(x[:half].T @ x[:half] + np.eye(x.shape[1]), x[:half].T @ np.eye(4)[owner[:half]])
+    weights = np.linalg.solve(
+        x[:half].T @ x[:half] + np.eye(x.shape[1]), x[:half].T @ np.eye(4)[owner[:half]]
+    )
     assert ((x[half:] @ weights).argmax(1) == owner[half:]).mean() >= 0.90
 
 
@@ -138,8 +147,12 @@ TRAIN, TEST = slice(0, 2700), slice(2700, 5200)
 def test_a_model_of_one_device_loses_on_the_others(real):
     images, labels = real
     views = [on(images, d) for d in range(4)]
-    grid = np.array([[score(net, view[TEST], labels[TEST]) for view in views]
-                     for net in (fitted(view[:2000], labels[:2000], 4) for view in views)])
+    grid = np.array(
+        [
+            [score(net, view[TEST], labels[TEST]) for view in views]
+            for net in (fitted(view[:2000], labels[:2000], 4) for view in views)
+        ]
+    )
     loss = (grid.diagonal()[:, None] - grid).sum(1) / 3  # of each device's model, mean over the other devices
     print("\nloss on other devices, points:", loss.round(1))
     assert 5 <= loss.mean() <= 25, grid
@@ -148,7 +161,9 @@ def test_a_model_of_one_device_loses_on_the_others(real):
 def test_a_model_of_all_devices_loses_little_against_unshifted_images(real):
     images, labels = real
     seen = devices.apply(images, np.random.default_rng(0).integers(0, 4, len(images)))
-    clean, mixed = [np.mean([score(fitted(x[TRAIN], labels[TRAIN], 8, seed), x[TEST], labels[TEST]) for seed in (1, 2)])
-                    for x in (images, seen)]
+    clean, mixed = [
+        np.mean([score(fitted(x[TRAIN], labels[TRAIN], 8, seed), x[TEST], labels[TEST]) for seed in (1, 2)])
+        for x in (images, seen)
+    ]
     print("\nunshifted, all devices, points:", round(clean, 1), round(mixed, 1))
     assert clean - mixed <= 3, (clean, mixed)
