@@ -81,9 +81,11 @@ def interval(values, level: float = 0.95) -> tuple[float, float]:
     """Mean, and half the width of its t interval, of independent runs' scores (n,); NaN width for a single run.
 
     Give it one score per seed, or, to compare two methods, one *difference* per seed: seeds share data, hospitals
-    and initial weights, so what varies with them cancels in the difference.
+    and initial weights, so what varies with them cancels in the difference. A ValueError where there is no score.
     """
     values = np.asarray(values, float)
     n = len(values)
+    if n == 0:
+        raise ValueError("an interval needs at least one score")
     half = stats.t.ppf(0.5 + level / 2, n - 1) * values.std(ddof=1) / np.sqrt(n) if n > 1 else np.nan
     return float(values.mean()), float(half)

@@ -63,7 +63,7 @@ def cell_gallery(data, per_cell: int = 3, random: np.random.Generator | None = N
         for d, axis in enumerate(row):
             cell = np.flatnonzero((data.labels == c) & (data.device == d))
             strip(axis, data.images[random.permutation(cell)[:per_cell]], data.devices[d] if c == 0 else "", per_cell)
-        row[0].text(-0.08, 0.5, data.classes[c], ha="right", va="center", transform=row[0].transAxes)
+        row[0].text(-0.08, 0.5, short(data.classes, 24)[c], ha="right", va="center", transform=row[0].transAxes)
     return figure
 
 
@@ -244,3 +244,26 @@ def flow_arrows(axis, flow, home, devices, *, per_hospital: int = 2, title: str 
         axis.text(x, y, str(k), ha="center", va="center", zorder=4)
     axis.set(xlim=(-1.25, 1.25), ylim=(-1.25, 1.25), aspect="equal", title=title)
     axis.set_axis_off()
+
+
+def wall(axis, rows: dict, title: str = "", every: int = 1) -> None:
+    """Images in named rows, as one tight mosaic: `rows` maps a name to uint8 images (n, C, H, W).
+
+    A gap follows each `every` rows. Rows may differ in length.
+    """
+    tile = max(np.asarray(images).shape[-1] for images in rows.values()) + 2
+    longest, gap = max(len(images) for images in rows.values()), tile // 4
+    tops = [i * tile + i // every * gap for i in range(len(rows))]
+    picture = np.full((tops[-1] + tile, longest * tile, 3), 255, np.uint8)
+    for top, images in zip(tops, rows.values()):
+        for i, image in enumerate(images):
+            shown = to_display(image)
+            picture[top + 1:top + 1 + shown.shape[0], i * tile + 1:i * tile + 1 + shown.shape[1]] = shown
+    axis.imshow(picture, interpolation="nearest")
+    axis.set_yticks([top + tile / 2 for top in tops], list(rows))
+    axis.set_xticks([])
+    axis.set_title(title)
+    axis.grid(False)
+    axis.tick_params(left=False)
+    for spine in axis.spines.values():
+        spine.set_visible(False)

@@ -173,7 +173,8 @@ class Run:
     weights : float32 array (P,)
         The final global weights.
     rounds : int64 array (E,)
-        After which rounds the global model was tested; the last one is the result.
+        After which rounds the global model was tested: 0 (the start, so what server pre-training alone gives),
+        about twenty in between, and the last one, which is the result.
     confusions : int64 array (E, D, C, C)
         Test confusion matrices per device.
     costs : dict
@@ -224,8 +225,8 @@ def run(federation: Federation, method: Method, seed: int, *, rounds: int, lr: f
             began = time.perf_counter()
             weights = pretrain(net, shared.pool, method.pretrain_steps, seed)
             costs["server_seconds"] = time.perf_counter() - began
-    result = Run(weights.numpy(), np.empty(0, int), np.empty((0, 0, 0, 0), int), costs)
-    tested = []
+    tested = [(0, evaluate(net, weights, federation))]
+    result = Run(weights.numpy(), np.array([0]), tested[0][1][None], costs)
     for r in range(rounds):
         rate = lr * 0.5 * (1 + math.cos(math.pi * r / rounds))
         began = time.perf_counter()

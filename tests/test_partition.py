@@ -1,0 +1,172 @@
+"""Dealing images to hospitals: every image once, no leaks, no empty hospital, dials that do what they say."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from fedssg_helpers import data as sources
+from fedssg_helpers import partition
+from fedssg_helpers.data import ImageSet
+
+
+def tiny(n: int = 400, classes: int = 4, devices: int = 3, per_group: int = 2, seed: int = 0) -> ImageSet:
+    """Grey 8x8 noise with uneven classes and devices, `per_group` images per lesion; some cells may be empty."""
+    random = np.random.default_rng(seed)
+    group = np.arange(n) // per_group
+    label = random.choice(classes, n, p=np.arange(classes, 0, -1) / np.arange(classes, 0, -1).sum())[group]
+    device = random.choice(devices, n, p=np.arange(devices, 0, -1) / np.arange(devices, 0, -1).sum())[group]
+    return ImageSet("tiny", random.integers(0, 256, (n, 1, 8, 8), dtype=np.uint8), label.astype(np.int64),
+                    device.astype(np.int64), group.astype(np.int64), tuple("abcd"[:classes]), tuple("xyz"[:devices]),
+                    "none", True)
+
+
+def everything(data: ImageSet) -> np.ndarray:
+    return np.arange(len(data))
+
+
+def divergence(data: ImageSet, parts) -> float:
+    """Mean total-variation distance of the hospitals' class shares from all hospitals' together."""
+    have = partition.counts(data, parts).sum(2)
+    shares = have / have.sum(1, keepdims=True)
+    return float(0.5 * np.abs(shares - have.sum(0) / have.sum()).sum(1).mean())
+
+
+@pytest.mark.parametrize("alpha", [1e-300, 1e-3, 0.1, 1.0, 100.0, 1e6])
+@pytest.mark.parametrize("count", [2, 3, 7])
+@pytest.mark.parametrize("device_mix, size_skew", [(0, 0), (0.5, 1), (1, 0)])
+def test_every_image_exactly_once_and_nobody_empty(alpha, count, device_mix, size_skew):
+    data = tiny()
+    try:
+        parts = partition.hospitals(data, everything(data), count, alpha=alpha, device_mix=device_mix,
+                                    size_skew=size_skew)
+    except ValueError as error:
+        assert alpha < 0.1 and "stayed empty" in str(error) and "raise alpha" in str(error)
+        return
+    assert len(parts) == count and min(map(len, parts)) > 0
+    assert np.array_equal(np.sort(np.concatenate(parts)), everything(data))
+    owner = np.empty(len(data), int)
+    for k, part in enumerate(parts):
+        owner[part] = k
+    assert all(len(set(owner[data.group == g])) == 1 for g in np.unique(data.group))
+
+
+def test_very_small_alpha_works_with_as_many_hospitals_as_classes_and_devices_can_feed():
+    parts = partition.hospitals(tiny(), everything(tiny()), 4, alpha=1e-3)
+    assert min(map(len, parts)) > 0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_no_lesion_in_train_and_test(seed):
+    data = tiny(seed=seed)
+    train, test = sources.split(data, seed=seed)
+    assert not set(data.group[train]) & set(data.group[test])
+    federation = partition.federation(data, seed, count=5)
+    held = partition.Client.joined(federation.clients)
+    assert len(held) == len(train) and len(federation.test) == len(test)
+    rows = {image.tobytes() for image in held.images.numpy()}
+    assert not rows & {image.tobytes() for image in federation.test.images.numpy()}
+
+
+def test_clients_hold_what_the_partition_says():
+    data = tiny()
+    parts = partition.hospitals(data, everything(data), 5)
+    for part, client in zip(parts, partition.clients_of(data, parts)):
+        assert np.array_equal(client.images.numpy(), data.images[part])
+        assert np.array_equal(client.labels.numpy(), data.labels[part])
+        assert np.array_equal(client.device.numpy(), data.device[part])
+
+
+@pytest.mark.parametrize("count", [3, 5, 10])
+def test_one_device_per_hospital_by_default(count):
+    data = tiny()
+    have = partition.counts(data, partition.hospitals(data, everything(data), count)).sum(1)
+    assert ((have > 0).sum(1) == 1).all() and (have.sum(0) > 0).all()
+
+
+def test_fewer_hospitals_than_devices_share_them_out():
+    data = tiny()
+    have = partition.counts(data, partition.hospitals(data, everything(data), 2)).sum(1)
+    assert ((have > 0).sum(0) == 1).all()  # each device lies in one hospital
+
+
+def test_device_mix_mixes_devices():
+    data = tiny()
+    kinds = [(partition.counts(data, partition.hospitals(data, everything(data), 6, alpha=100, device_mix=mix)).sum(1) > 0)
+             .sum() for mix in (0, 0.3, 1)]
+    assert kinds[0] == 6 and kinds[1] > 6 and kinds[2] >= 15
+
+
+def test_alpha_sets_class_skew():
+    data = tiny(2000)
+    skews = [np.mean([divergence(data, partition.hospitals(data, everything(data), 6, alpha=alpha, seed=s))
+                      for s in range(5)]) for alpha in (0.1, 1, 100)]
+    assert skews[0] > 2 * skews[2] and skews[0] > skews[1] > skews[2]
+
+
+def test_size_skew_spreads_sizes():
+    data = tiny(2000, devices=1)
+    spread = [np.mean([np.std(np.log([len(p) for p in partition.hospitals(data, everything(data), 6, alpha=100,
+                                                                         size_skew=skew, seed=s)])) for s in range(8)])
+              for skew in (0, 1)]
+    assert spread[0] < 0.2 < 0.5 < spread[1]
+
+
+def test_tail_thins_rare_classes():
+    data = tiny(2000)
+    before = np.bincount(data.labels)
+    after = partition.counts(data, partition.hospitals(data, everything(data), 4, tail=10)).sum((0, 2))
+    order = np.argsort(-before, kind="stable")
+    assert after[order[0]] == before[order[0]]
+    assert np.allclose((after / before)[order], 10 ** (-np.arange(4) / 3), atol=0.02)
+    assert after.min() > 0
+
+
+def test_same_seed_same_partition_other_seed_another():
+    data = tiny()
+    first, again, other = (partition.hospitals(data, everything(data), 5, seed=s) for s in (0, 0, 1))
+    assert all(np.array_equal(a, b) for a, b in zip(first, again))
+    assert not all(np.array_equal(a, b) for a, b in zip(first, other))
+
+
+def test_federation_is_by_device_where_devices_are_real():
+    data = tiny()
+    real = ImageSet(**{**vars(data), "simulated": False})
+    federation = partition.federation(real)
+    assert federation.setting == "by_device" and len(federation.clients) == 3
+    assert all(len(c.device.unique()) == 1 for c in federation.clients)
+    assert partition.federation(data).setting == "10_hospitals"
+    assert partition.federation(real, count=4).setting == "4_hospitals"
+
+
+def test_one_device_is_dealt_to_ten_hospitals_or_as_many_as_asked():
+    data = ImageSet(**{**vars(tiny(devices=1)), "simulated": False})
+    assert len(partition.federation(data).clients) == 10
+    assert len(partition.federation(data, count=1).clients) == 1
+
+
+@pytest.mark.parametrize("dials, word", [
+    ({"alpha": 0}, "alpha"), ({"alpha": -1}, "alpha"), ({"alpha": float("nan")}, "alpha"),
+    ({"device_mix": 1.5}, "device_mix"), ({"device_mix": -0.1}, "device_mix"), ({"size_skew": -1}, "size_skew"),
+    ({"tail": 0.5}, "tail"), ({"count": 0}, "hospitals"), ({"count": 201}, "fewer hospitals"),
+])
+def test_impossible_dials_are_named(dials, word):
+    data = tiny()  # 200 lesions
+    with pytest.raises(ValueError, match=word):
+        partition.hospitals(data, everything(data), **{"count": 5, **dials})
+
+
+def test_retries_are_bounded():
+    data = tiny(n=40, classes=2, devices=1, per_group=1)
+    with pytest.raises(ValueError, match="stayed empty in 3 attempts"):
+        partition.hospitals(data, everything(data), 39, alpha=0.01, tries=3)
+
+
+def test_real_devices_of_ham10000(shared_data):
+    data = sources.load("ham10000", shared_data)
+    federation = partition.federation(data, 0)
+    assert federation.setting == "by_device" and len(federation.clients) == len(data.devices) == 4
+    assert sum(map(len, federation.clients)) + len(federation.test) == len(data)
+    ten = partition.federation(data, 0, count=10, alpha=0.3)
+    have = np.stack([np.bincount(c.device, minlength=4) for c in ten.clients])
+    stray = have.sum() - have.max(1).sum()  # nine lesions were photographed by two devices, and stay together
+    assert len(ten.clients) == 10 and stray < 20
