@@ -10,7 +10,13 @@ from pathlib import Path
 WIDGET = "application/vnd.jupyter.widget-view+json"
 DIALS = "<p><em>Here is an explorer: move the dials in JupyterLab.</em></p>"
 # Lines of the lessons' pages stay readable on a projector.
-READABLE = "<style>body { max-width: 62rem; margin: 0 auto !important; padding: 1rem }</style>"
+READABLE = (
+    "<style>body { max-width: 62rem; margin: 0 auto !important; padding: 1rem }"
+    " .jp-OutputArea-output .output_html pre, div.output_html pre"
+    " { font-family: var(--jp-code-font-family), monospace; font-size: var(--jp-code-font-size) }</style>"
+)
+# nbconvert closes <details> before the text that it should fold: these stand in for it until the page is made.
+FOLDS = {"<details><summary>Solution</summary>": "FOLD-BEGINS", "</details>": "FOLD-ENDS"}
 
 
 def stripped(notebook, keep_dials: bool = False):
@@ -76,7 +82,12 @@ def page(notebook_path: Path, pictures: Path) -> str:
     exporter = HTMLExporter(require_js_url="", mermaid_js_url="", embed_images=True)
     notebook = stripped(nbformat.read(notebook_path, as_version=4), keep_dials=True)
     notebook.metadata.title = heading(notebook)[0]
+    for cell in notebook.cells:
+        for tag, word in FOLDS.items() if cell.cell_type == "markdown" else ():
+            cell.source = cell.source.replace(tag, f"\n\n{word}\n\n")
     text, _ = exporter.from_notebook_node(notebook, {"metadata": {"path": str(pictures)}})
+    for tag, word in FOLDS.items():
+        text = text.replace(f"<p>{word}</p>", tag)
     text = text.replace('<script src=""></script>', "")
     text = re.sub(r'<script type="module">.*?</script>', "", text, flags=re.S)  # diagrams that no lesson uses
     text = re.sub(r'<script src="(http[^"]*mathjax[^"]*)">', r'<script async src="\1">', text, flags=re.I)
