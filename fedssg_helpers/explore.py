@@ -25,7 +25,8 @@ def explorer(draw, height: int = 420, **controls: widgets.Widget) -> None:
     controls : ipywidgets by argument name
         Each with a ``description``; ``tooltip`` is shown on hovering.
     """
-    picture = widgets.Image(format="png", layout=widgets.Layout(height=f"{height}px", object_fit="contain"))
+    place = widgets.Layout(height=f"{height}px", object_fit="contain", object_position="top")
+    picture = widgets.Image(format="png", layout=place)
     message = widgets.HTML()
 
     def redraw(_=None) -> None:
