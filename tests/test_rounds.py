@@ -264,6 +264,14 @@ def test_sharing_is_counted_in_bytes():
     assert costs["bytes_down"] == plain["bytes_down"] + costs["bytes_samples_down"]
 
 
+def test_received_samples_do_not_buy_weight_in_the_average(monkeypatch):
+    counted, real = [], rounds.average
+    monkeypatch.setattr(rounds, "average", lambda sent: real([(w, counted.append(n) or n) for w, n in sent]))
+    dealt = federation()
+    rounds.run(dealt, Method(sharing="class_and_device"), 0, rounds=1)
+    assert counted == [len(c) for c in dealt.clients]
+
+
 def test_many_rounds_are_tested_about_twenty_times_and_at_the_end(monkeypatch):
     monkeypatch.setattr(rounds, "train_local", lambda net, start, *a, **k: start)
     tested = rounds.run(federation((5,)), Method(), 0, rounds=50).rounds
