@@ -246,21 +246,27 @@ def flow_arrows(axis, flow, home, devices, *, per_hospital: int = 2, title: str 
     axis.set_axis_off()
 
 
-def wall(axis, rows: dict, title: str = "", every: int = 1) -> None:
-    """Images in named rows, as one tight mosaic: `rows` maps a name to uint8 images (n, C, H, W).
+def wall(axis, rows, title: str = "", every: int = 1) -> None:
+    """Images in named rows, as one tight mosaic; rows may differ in length.
 
-    A gap follows each `every` rows. Rows may differ in length.
+    Parameters
+    ----------
+    rows : dict or list of pairs
+        A name and uint8 images (n, C, H, W) for each row; names may repeat in a list.
+    every : int
+        A gap follows each `every` rows; 1: no gaps.
     """
-    tile = max(np.asarray(images).shape[-1] for images in rows.values()) + 2
-    longest, gap = max(len(images) for images in rows.values()), tile // 4
-    tops = [i * tile + i // every * gap for i in range(len(rows))]
-    picture = np.full((tops[-1] + tile, longest * tile, 3), 255, np.uint8)
-    for top, images in zip(tops, rows.values()):
+    pairs = list(rows.items() if isinstance(rows, dict) else rows)
+    tile = max(np.asarray(images).shape[-1] for _, images in pairs) + 2
+    gap = tile // 4 if every > 1 else 0
+    tops = [i * tile + i // every * gap for i in range(len(pairs))]
+    picture = np.full((tops[-1] + tile, max(len(images) for _, images in pairs) * tile, 3), 255, np.uint8)
+    for top, (_, images) in zip(tops, pairs):
         for i, image in enumerate(images):
             shown = to_display(image)
             picture[top + 1:top + 1 + shown.shape[0], i * tile + 1:i * tile + 1 + shown.shape[1]] = shown
     axis.imshow(picture, interpolation="nearest")
-    axis.set_yticks([top + tile / 2 for top in tops], list(rows))
+    axis.set_yticks([top + tile / 2 for top in tops], [name for name, _ in pairs])
     axis.set_xticks([])
     axis.set_title(title)
     axis.grid(False)
