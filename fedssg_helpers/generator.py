@@ -97,6 +97,18 @@ def chances(labels: torch.Tensor, power: float) -> np.ndarray:
     return chance / chance.sum()
 
 
+def orientations(images: torch.Tensor) -> list[int]:
+    """Which flips and quarter turns (see `models.turn`) images of this kind come in; 0, as they are, always.
+
+    Lesions have no up and down, chest X-rays do: learnt in eight orientations they become a blur. A turn is kept if
+    it moves the mean of the images (N, C, H, H) by at most half their variance, chance (2 / N) allowed for.
+    """
+    x = scale(images[::max(1, len(images) // 500)])
+    mean = x.mean(0, keepdim=True)
+    most = (0.5 + 2 / len(x)) * (x - mean).square().sum() / len(x)
+    return [i for i in range(8) if i == 0 or (mean - turn(mean, i)).square().sum() <= most]
+
+
 def _check(images: torch.Tensor, labels: torch.Tensor) -> None:
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[2] != images.shape[3]:
         raise ValueError(f"images are {images.dtype} of shape {tuple(images.shape)}; needed are square uint8 images "
@@ -116,9 +128,9 @@ def fit_linear(images: torch.Tensor, labels: torch.Tensor, latent: int, random: 
     labels : int64 tensor (N,)
     latent : int, 1 to the values of an image less one
     rows : int
-        Images that the principal axes are computed from, at most 8 N. They are drawn evenly (systematic
-        sampling), class by class in proportion to n ** power: rare classes count for more than their number.
-        Neighbouring draws, so copies of an image too, come in the eight different orientations.
+        Images that the principal axes are computed from, at most N times the `orientations`. They are drawn evenly
+        (systematic sampling), class by class in proportion to n ** power: rare classes count for more than their
+        number. Neighbouring draws, so copies of an image too, come in different orientations.
 
     Raises
     ------
@@ -126,10 +138,11 @@ def fit_linear(images: torch.Tensor, labels: torch.Tensor, latent: int, random: 
         Images that are not square uint8, labels that do not fit them, or an impossible `latent`.
     """
     _check(images, labels)
-    rows = min(rows, 8 * len(images))
+    turns = orientations(images)
+    rows = min(rows, len(turns) * len(images))
     ends = np.cumsum(chances(labels, power))
     pick = np.searchsorted(ends, ends[-1] * (np.arange(rows) + random.random()) / rows)
-    x = torch.cat([turn(scale(images[pick[i::8]]), i) for i in range(8)]).flatten(1)
+    x = torch.cat([turn(scale(images[pick[i::len(turns)]]), which) for i, which in enumerate(turns)]).flatten(1)
     net = VAE(images.shape[1], images.shape[2], latent, torch.Generator().manual_seed(int(random.integers(2**62))))
     mu = x.mean(0)
     x -= mu
@@ -201,12 +214,12 @@ def train(net: VAE, images: torch.Tensor, labels: torch.Tensor, steps: int, rand
         Images that are not square uint8, or labels that do not fit them.
     """
     _check(images, labels)
-    net.linear = False
+    net.linear, turns = False, orientations(images)
     optimiser = torch.optim.Adam(net.parameters(), lr)
     order = torch.from_numpy(random.choice(len(labels), (steps, batch), p=chances(labels, power)))
     for step, rows in enumerate(order, 1):
         optimiser.param_groups[0]["lr"] = lr * 0.5 * (1 + np.cos(np.pi * (step - 1) / steps))
-        x = turn(scale(images[rows]), int(random.integers(8)))
+        x = turn(scale(images[rows]), turns[int(random.integers(len(turns)))])
         epsilon = torch.from_numpy(random.standard_normal((len(x), len(net.log_variance)), dtype=np.float32))
         optimiser.zero_grad()
         loss(net, x, epsilon, min(1.0, step / max(warm_up * steps, 1))).backward()
@@ -261,7 +274,7 @@ def trust(number: int, shrink: float = 30.0) -> float:
 @torch.no_grad()
 def fit_density(net: VAE, images: torch.Tensor, cells: torch.Tensor, shrink: float = 30.0, *,
                 most: int = 400) -> Generator:
-    """Fit a Gaussian to the codes of each cell's images, in all eight orientations.
+    """Fit a Gaussian to the codes of each cell's images, in all their `orientations`.
 
     The covariance is that of the aggregate posterior (scatter of the codes' means plus their mean variance), the
     scatter shrunk towards the one pooled over all cells, by `trust`. Cells with fewer than `MINIMUM` images are
@@ -277,11 +290,11 @@ def fit_density(net: VAE, images: torch.Tensor, cells: torch.Tensor, shrink: flo
         Of a larger cell this many images are enough, evenly spaced.
     """
     _check(images, cells)
-    numbers = torch.bincount(cells)
+    numbers, turns = torch.bincount(cells), orientations(images)
     mean, scatter, spread = {}, {}, 0.0
     for c in torch.nonzero(numbers >= MINIMUM)[:, 0].tolist():
         own = images[cells == c][::-(-int(numbers[c]) // most)]
-        z, log_variance = (torch.cat(parts) for parts in zip(*(net.encode(turn(scale(own), i)) for i in range(8))))
+        z, log_variance = (torch.cat(parts) for parts in zip(*(net.encode(turn(scale(own), i)) for i in turns)))
         mean[c], scatter[c] = z.mean(0), torch.cov(z.T.double(), correction=0)
         spread = spread + numbers[c] * log_variance.double().exp().mean(0)
     total = sum(int(numbers[c]) for c in mean)

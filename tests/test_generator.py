@@ -162,6 +162,17 @@ def test_density_is_shrunk_and_follows_the_cells():
     assert generator.trust(30) == 0.5 and generator.trust(270) == 0.9
 
 
+def test_orientations_follow_the_images():
+    images = pictures(60)
+    assert generator.orientations(images) == list(range(8))
+    assert generator.orientations(images[:8]) == list(range(8))
+    images[:, :, :8] //= 4  # dark above, bright below: flipping left and right is all that may stay
+    assert generator.orientations(images) == [0, 4]
+    cells = labels(60)
+    samples = generator.fit(images, cells, cells, rng(0, "fit"), latent=5, steps=2).sample(0, 50, rng(0, "sample"))
+    assert samples[:, :, :8].float().mean() < 0.5 * samples[:, :, 8:].float().mean()
+
+
 @pytest.mark.parametrize(("channels", "size"), [(1, 16), (1, 28), (3, 16), (3, 30)])
 def test_shapes(channels, size):
     images, cells = pictures(30, channels, size), labels(30)
