@@ -29,6 +29,7 @@ METHODS = {
     "balanced_sampling": Method(balanced=True),
     "fedavg+la": Method(logit_adjustment=True),
     "uniform_shuffle": Method(logit_adjustment=True, sharing="uniform", pretrain_steps=600),
+    "fedssg_no_pretrain": Method(logit_adjustment=True, sharing="class_and_device"),
     "fedssg": Method(logit_adjustment=True, sharing="class_and_device", pretrain_steps=600),
     "centralised": Method(logit_adjustment=True, centralised=True),
 }

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .models import scale, turn
+from .models import orientations, scale, turn
 
 MINIMUM = 8  # a cell with fewer local images is not generated: its samples would be near copies
 FLOOR = 1e-6  # least variance of the decoder's noise, in scaled units squared: a hundredth of one grey level
@@ -95,18 +95,6 @@ def chances(labels: torch.Tensor, power: float) -> np.ndarray:
     """Chance (N,) of each image to be drawn: its class gets n ** power of all draws; 1 as they come, 0 all alike."""
     chance = torch.bincount(labels).double()[labels].numpy() ** (power - 1)
     return chance / chance.sum()
-
-
-def orientations(images: torch.Tensor) -> list[int]:
-    """Which flips and quarter turns (see `models.turn`) images of this kind come in; 0, as they are, always.
-
-    Lesions have no up and down, chest X-rays do: learnt in eight orientations they become a blur. A turn is kept if
-    it moves the mean of the images (N, C, H, H) by at most half their variance, chance (2 / N) allowed for.
-    """
-    x = scale(images[::max(1, len(images) // 500)])
-    mean = x.mean(0, keepdim=True)
-    most = (0.5 + 2 / len(x)) * (x - mean).square().sum() / len(x)
-    return [i for i in range(8) if i == 0 or (mean - turn(mean, i)).square().sum() <= most]
 
 
 def _check(images: torch.Tensor, labels: torch.Tensor) -> None:

@@ -16,7 +16,7 @@ COUNTS, RECALL = "viridis", "cividis"  # colour maps that survive grey print and
 _COLOURS = sns.color_palette("colorblind")
 METHOD_COLOURS = {name: _COLOURS[i] for name, i in
                   {"fedavg": 7, "fedprox": 5, "balanced_sampling": 1, "fedavg+la": 0, "uniform_shuffle": 4,
-                   "fedssg": 3, "centralised": 2}.items()}
+                   "fedssg_no_pretrain": 9, "fedssg": 3, "centralised": 2}.items()}
 
 
 def theme() -> None:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from . import metrics, sharing
 from .keys import rng
-from .models import SmallCNN, predict, scale, turn
+from .models import SmallCNN, orientations, predict, scale, turn
 from .partition import Client, Federation
 
 
@@ -113,9 +113,9 @@ def train_local(net: SmallCNN, start: torch.Tensor, images: torch.Tensor, labels
     net.weights.copy_(start)
     speed = torch.zeros_like(start)
     offset = log_prior(labels, net.head.out_features) if method.logit_adjustment else 0.0
-    size = min(batch, len(labels))
+    size, turns = min(batch, len(labels)), orientations(images)
     for rows in batches(labels, steps, size, random, method.balanced):
-        x = turn(scale(images[rows]), int(random.integers(8)))
+        x = turn(scale(images[rows]), turns[int(random.integers(len(turns)))])
         net.grad.zero_()
         F.cross_entropy(net(x) + offset, labels[rows]).backward()
         if method.mu:

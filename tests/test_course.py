@@ -41,10 +41,13 @@ def log(word: str) -> str:
     return f"print(word := {word!r} + f' {{rounds}} {{alpha}}', file=open('log.txt', 'a'))"
 
 
+PHANTOM = data.load("phantom")  # once: the tests below are about running, not about loading
+
+
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
     """Two lessons that note in log.txt that they ran; the second fails where a file `broken` exists."""
-    monkeypatch.setattr(data, "load", lambda *a, **k: None)
+    monkeypatch.setattr(data, "load", lambda *a, **k: PHANTOM)
     lessons = tmp_path / "lessons"
     lessons.mkdir()
     write(lessons / "00_first.ipynb", log("first"), PICTURE, title="Start & go")
@@ -127,6 +130,13 @@ def test_wrong_words_stop_before_anything_runs(folder, tmp_path, capsys, words, 
     assert start(folder, tmp_path / "out", *words) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_impossible_dial_is_one_sentence_before_anything_runs(folder, tmp_path, capsys):
+    assert start(folder, tmp_path / "out", "-p", "alpha", "-1") == 2
+    said = capsys.readouterr().err
+    assert "alpha is -1.0" in said and "Traceback" not in said
+    assert not (folder / "log.txt").exists()
 
 
 def test_bad_data_is_one_sentence(folder, tmp_path, monkeypatch, capsys):
