@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import base64
 import hashlib
 import json
 import os
@@ -14,7 +15,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from .pages import page, save_index, save_text, stripped
+from .pages import headline, page, save_index, save_text, stripped
 
 ROOT = Path(__file__).resolve().parents[1]
 LESSONS = ROOT / "notebooks"
@@ -279,7 +280,7 @@ def run(
 def refresh(paths: list[Path]) -> None:
     """Execute the committed lessons as they stand (built-in data, own defaults) and rewrite them, stripped.
 
-    A lesson that fails is left untouched. Runs are cached in a fresh folder: nothing old is shown.
+    The headline figure of each goes to `images/` beside them, for the README. A lesson that fails is left untouched. Runs are cached in a fresh folder: nothing old is shown.
     """
     import nbformat
 
@@ -289,4 +290,8 @@ def refresh(paths: list[Path]) -> None:
             for path in paths:
                 target = Path(folder, path.name)
                 execute(path, target, {}, bar)
-                save_text(path, nbformat.writes(stripped(nbformat.read(target, as_version=4))) + "\n")
+                notebook = stripped(nbformat.read(target, as_version=4))
+                save_text(path, nbformat.writes(notebook) + "\n")
+                if png := headline(notebook):
+                    path.parent.joinpath("images").mkdir(exist_ok=True)
+                    path.parent.joinpath("images", f"{path.stem}.png").write_bytes(base64.b64decode(png))

@@ -11,9 +11,8 @@ WIDGET = "application/vnd.jupyter.widget-view+json"
 DIALS = "<p><em>Here is an explorer: move the dials in JupyterLab.</em></p>"
 # Lines of the lessons' pages stay readable on a projector.
 READABLE = (
-    "<style>body { max-width: 62rem; margin: 0 auto !important; padding: 1rem }"
-    " .jp-OutputArea-output .output_html pre, div.output_html pre"
-    " { font-family: var(--jp-code-font-family), monospace; font-size: var(--jp-code-font-size) }</style>"
+    "<style>body { max-width: 72rem; margin: 0 auto !important; padding: 1rem }"
+    " .highlight pre, .highlight pre * { font-family: Menlo, Consolas, 'DejaVu Sans Mono', monospace }</style>"
 )
 # nbconvert closes <details> before the text that it should fold: these stand in for it until the page is made.
 FOLDS = {"<details><summary>Solution</summary>": "FOLD-BEGINS", "</details>": "FOLD-ENDS"}
