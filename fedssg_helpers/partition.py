@@ -175,7 +175,7 @@ def _homes(images: np.ndarray, count: int) -> list[np.ndarray]:
         rank = {d: i % count for i, d in enumerate(order)}
         return [np.array([rank[d]]) if d in rank else np.array([], int) for d in range(len(images))]
     number = (images > 0).astype(int)
-    while number.sum() < count:  # the next hospital goes where there are most images per hospital (D'Hondt)
+    while number.sum() < count:  # the next hospital goes where there are most images per hospital
         number[np.argmax(images / np.maximum(number, 1) * (images > 0))] += 1
     return np.split(np.arange(count), np.cumsum(number)[:-1])
 

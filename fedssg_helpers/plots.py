@@ -10,7 +10,7 @@ import seaborn as sns
 from IPython.display import Code
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch, Patch
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 COUNTS, RECALL = "viridis", "cividis"  # colour maps that survive grey print and colour-blindness
 _COLOURS = sns.color_palette("colorblind")
@@ -77,19 +77,6 @@ def heat(axis, values, rows, columns, *, title="", fmt="d", cmap=COUNTS, log=Fal
     axis.set_title(title)
     axis.tick_params(axis="y", rotation=0)
     axis.grid(False)  # an empty cell is white, not crossed by a grid line
-
-
-def hospital_map(have, classes, devices, title: str = "Images per hospital, class and device") -> Figure:
-    """Who holds what: one heat map (hospitals x classes) per device, one colour scale, from counts (K, C, D)."""
-    hospitals = [f"hospital {k}" for k in range(len(have))]
-    figure, axes = plt.subplots(1, len(devices), figsize=(3.3 * len(devices) + 1, 0.34 * len(have) + 1.7),
-                                sharey=True, squeeze=False)
-    for d, axis in enumerate(axes[0]):
-        heat(axis, have[:, :, d], hospitals, classes, title=devices[d], log=True, vmin=0,
-             vmax=np.log10(have.max() + 1.0))
-        axis.tick_params(axis="x", rotation=60)
-    figure.suptitle(title)
-    return figure
 
 
 def curves(axis, rounds, values, label: str, colour) -> None:

@@ -189,7 +189,7 @@ class Run:
 
 
 def run(federation: Federation, method: Method, seed: int, *, rounds: int, lr: float = 0.05,
-        budget: sharing.Budget = sharing.Budget(), generator_steps: int = 0, after_round=lambda r, run: None) -> Run:
+        budget: sharing.Budget = sharing.Budget(), after_round=lambda r, run: None) -> Run:
     """One federated training: share once, pre-train once, then `rounds` of local training and averaging.
 
     Parameters
@@ -217,7 +217,7 @@ def run(federation: Federation, method: Method, seed: int, *, rounds: int, lr: f
                            "bytes_samples_up", "bytes_samples_down"), 0.0)
     received = [(c.images, c.labels) for c in clients]
     if method.sharing:
-        shared = sharing.share(clients, federation, method.sharing, seed, budget=budget, steps=generator_steps)
+        shared = sharing.share(clients, federation, method.sharing, seed, budget=budget)
         received = [(torch.cat([c.images, shared.pool.images[rows]]), torch.cat([c.labels, shared.pool.labels[rows]]))
                     for c, rows in zip(clients, shared.rows)]
         costs.update(shared.costs)
