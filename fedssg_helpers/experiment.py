@@ -12,7 +12,7 @@ import json
 import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,21 +23,40 @@ from . import data as sources
 from . import metrics, partition, rounds
 from .rounds import Method, Run
 
+ADJUSTED = Method(logit_adjustment=True)
+FEDSSG = replace(ADJUSTED, sharing="class_and_device", pretrain_steps=600)
 METHODS = {
+    "local_only": Method(at_home="all"),
     "fedavg": Method(),
     "fedprox": Method(mu=0.01),
+    "scaffold": Method(scaffold=True),
+    "fedavgm": Method(server_momentum=0.5),
+    "local_normalisation": Method(at_home="norm"),
     "balanced_sampling": Method(balanced=True),
-    "fedavg+la": Method(logit_adjustment=True),
-    "uniform_shuffle": Method(logit_adjustment=True, sharing="uniform", pretrain_steps=600),
-    "fedssg_no_pretrain": Method(logit_adjustment=True, sharing="class_and_device"),
-    "fedssg": Method(logit_adjustment=True, sharing="class_and_device", pretrain_steps=600),
-    "centralised": Method(logit_adjustment=True, centralised=True),
+    "fedavg+la": ADJUSTED,
+    "device_statistics": Method(device_statistics=True),
+    "combined": replace(ADJUSTED, device_statistics=True),
+    "duplication": replace(ADJUSTED, sharing="class_and_device", content="copies"),
+    "uniform_shuffle": replace(FEDSSG, sharing="uniform"),
+    "synthetic_only": replace(FEDSSG, trained_at="pool"),
+    "server_pretraining": replace(FEDSSG, deal=False),
+    "fedssg_no_pretrain": replace(FEDSSG, pretrain_steps=0),
+    "fedssg": FEDSSG,
+    "fedssg+combined": replace(FEDSSG, device_statistics=True),
+    "oracle_real": replace(FEDSSG, content="real"),
+    "centralised": replace(ADJUSTED, trained_at="centre"),
 }
+LESSON = ("fedavg", "fedprox", "balanced_sampling", "fedavg+la", "uniform_shuffle", "fedssg_no_pretrain", "fedssg",
+          "centralised")  # the methods of lesson 04
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run to be made: which data, dealt how, which method and seed, how many rounds."""
+    """One run to be made: which data, dealt how, which method and seed, how many rounds.
+
+    ``recipe`` is the method itself where ``method`` is a name of your own; None: the one of `METHODS`. With
+    ``validation`` the training images alone are split again and dealt: for choosing settings, away from test images.
+    """
 
     method: str
     seed: int = 0
@@ -46,6 +65,8 @@ class Job:
     data_dir: str = ""
     hospitals: int = 0
     alpha: float = 0.3
+    validation: bool = False
+    recipe: Method | None = None
 
 
 def out_folder(out: str = "") -> Path:
@@ -63,9 +84,25 @@ def load(data: str, data_dir: str = "") -> sources.ImageSet:
 
 
 @functools.lru_cache(maxsize=4)
-def federation(data: str, data_dir: str, hospitals: int, alpha: float, seed: int) -> partition.Federation:
+def federation(data: str, data_dir: str, hospitals: int, alpha: float, seed: int,
+               validation: bool = False) -> partition.Federation:
     """The hospitals of a job, kept in memory: methods of one seed share them."""
-    return partition.federation(load(data, data_dir), seed, count=hospitals, alpha=alpha)
+    images = load(data, data_dir)
+    if validation:
+        images = images.subset(sources.split(images, seed=seed)[0])
+    return partition.federation(images, seed, count=hospitals, alpha=alpha)
+
+
+def hospitals_of(job: Job) -> partition.Federation:
+    """`federation` of a job."""
+    return federation(job.data, job.data_dir, job.hospitals, job.alpha, job.seed, job.validation)
+
+
+def recipe(job: Job) -> Method:
+    """What a job runs; a ValueError for a name that is not in `METHODS` and brings no recipe."""
+    if job.recipe is None and job.method not in METHODS:
+        raise ValueError(f"there is no method {job.method!r}; the methods are {', '.join(METHODS)}")
+    return job.recipe or METHODS[job.method]
 
 
 @functools.cache
@@ -81,12 +118,11 @@ def _fingerprint(data: str, data_dir: str) -> str:
 
 
 def cache_file(job: Job, out: Path) -> Path:
-    """Where a job's run is kept; a ValueError for a method that is not in `METHODS`."""
-    if job.method not in METHODS:
-        raise ValueError(f"there is no method {job.method!r}; the methods are {', '.join(METHODS)}")
-    key = json.dumps(asdict(job) | {"data_dir": "", "data": _fingerprint(job.data, job.data_dir),
-                                    "recipe": asdict(METHODS[job.method])}, sort_keys=True)
-    return out / "cache" / f"{job.method}-{job.seed}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
+    """Where a job's run is kept; a ValueError for a method that is not known (see `recipe`)."""
+    key = json.dumps(asdict(job) | {"data_dir": "", "data": _fingerprint(job.data, job.data_dir), "method": "",
+                                    "recipe": asdict(recipe(job))}, sort_keys=True)
+    name = "".join(c if c.isalnum() or c in "+_" else "-" for c in job.method)
+    return out / "cache" / f"{name}-{job.seed}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
 
 
 def save(run: Run, file: Path) -> None:
@@ -114,8 +150,7 @@ def execute(job: Job, out: Path, tick=lambda: None) -> Run:
 
 
 def _compute(job: Job, file: Path, tick) -> None:
-    hospitals = federation(job.data, job.data_dir, job.hospitals, job.alpha, job.seed)
-    save(rounds.run(hospitals, METHODS[job.method], job.seed, rounds=job.rounds,
+    save(rounds.run(hospitals_of(job), recipe(job), job.seed, rounds=job.rounds,
                     after_round=lambda r, run: tick()), file)
 
 
@@ -177,13 +212,35 @@ def run_many(jobs: list[Job], out: str = "", workers: int = 2) -> list[Run]:
     return [restore(files[job]) for job in jobs]
 
 
-def table(jobs: list[Job], runs: list[Run]) -> pd.DataFrame:
-    """Results in long form: dataset, setting, method, seed, metric, value; scores of the last round, and costs."""
+def table(jobs: list[Job], runs: list[Run], target: str = "fedavg+la", fine: bool = False) -> pd.DataFrame:
+    """Results in long form: dataset, setting, method, seed, metric, value; scores of the last round, and costs.
+
+    Where the `target` method is among the jobs, ``rounds_to_target`` and ``bytes_to_target`` say after how many rounds,
+    and bytes up and down, a run first reached the final balanced accuracy of the target's run of the same seed (looked
+    at in the tested rounds, see `rounds.Run`; infinite: never). With `fine`, also the scores behind the scores:
+    ``recall[class]``, ``balanced_accuracy[device]``, ``recall[class|device]``, ``balanced_accuracy@round``.
+    """
+    goals = {replace(job, method="", recipe=None): metrics.balanced_accuracy(run.confusions[-1].sum(0))
+             for job, run in zip(jobs, runs) if job.method == target}
     rows = []
     for job, run in zip(jobs, runs):
-        hospitals = federation(job.data, job.data_dir, job.hospitals, job.alpha, job.seed)
+        hospitals = hospitals_of(job)
         counts = np.bincount(np.concatenate([c.labels for c in hospitals.clients]), minlength=len(hospitals.classes))
-        scores = metrics.summary(run.confusions[-1], counts) | run.costs
+        curve = np.array([metrics.balanced_accuracy(c) for c in run.confusions.sum(1)])
+        scores = metrics.summary(run.confusions[-1], counts) | run.costs | {"lr": recipe(job).lr}
+        if (goal := goals.get(replace(job, method="", recipe=None))) is not None:
+            reached = run.rounds[curve >= goal][0] if (curve >= goal).any() else np.inf
+            samples = run.costs["bytes_samples_up"] + run.costs["bytes_samples_down"]
+            weights = run.costs["bytes_up"] + run.costs["bytes_down"] - samples
+            spent = samples + weights * reached / job.rounds if np.isfinite(reached) else np.inf
+            scores |= {"rounds_to_target": reached, "bytes_to_target": spent}
+        if fine:
+            last = run.confusions[-1]
+            scores |= {f"recall[{c}]": v for c, v in zip(hospitals.classes, metrics.recall(last.sum(0)))}
+            scores |= {f"balanced_accuracy[{d}]": metrics.balanced_accuracy(m) for d, m in zip(hospitals.devices, last)}
+            scores |= {f"recall[{c}|{d}]": v for d, m in zip(hospitals.devices, last)
+                       for c, v in zip(hospitals.classes, metrics.recall(m)) if np.isfinite(v)}
+            scores |= {f"balanced_accuracy@{r}": v for r, v in zip(run.rounds, curve)}
         rows += [(load(job.data, job.data_dir).name, hospitals.setting, job.method, job.seed, metric, value)
                  for metric, value in scores.items()]
     return pd.DataFrame(rows, columns=["dataset", "setting", "method", "seed", "metric", "value"])

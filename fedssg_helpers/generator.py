@@ -107,7 +107,7 @@ def _check(images: torch.Tensor, labels: torch.Tensor) -> None:
 
 
 def fit_linear(images: torch.Tensor, labels: torch.Tensor, latent: int, random: np.random.Generator, *,
-               rows: int = 3000, power: float = 0.5) -> VAE:
+               rows: int = 1500, power: float = 0.5) -> VAE:
     """The closed-form linear VAE: probabilistic PCA (Tipping & Bishop 1999, eqs. 7 to 9).
 
     Parameters
@@ -261,8 +261,8 @@ def trust(number: int, shrink: float = 30.0) -> float:
 
 @torch.no_grad()
 def fit_density(net: VAE, images: torch.Tensor, cells: torch.Tensor, shrink: float = 30.0, *,
-                most: int = 400) -> Generator:
-    """Fit a Gaussian to the codes of each cell's images, in all their `orientations`.
+                most: int = 1600) -> Generator:
+    """Fit a Gaussian to the codes of each cell's images, in their `orientations`.
 
     The covariance is that of the aggregate posterior (scatter of the codes' means plus their mean variance), the
     scatter shrunk towards the one pooled over all cells, by `trust`. Cells with fewer than `MINIMUM` images are
@@ -275,14 +275,17 @@ def fit_density(net: VAE, images: torch.Tensor, cells: torch.Tensor, shrink: flo
     shrink : float, >= 0, images
         At this many images own and pooled scatter count half each; 0: own only.
     most : int
-        Of a larger cell this many images are enough, evenly spaced.
+        So many codes of a cell are enough: a small one's images come in all orientations, those of one that would give
+        more codes in one orientation each, neighbours in different ones.
     """
     _check(images, cells)
     numbers, turns = torch.bincount(cells), orientations(images)
     mean, scatter, spread = {}, {}, 0.0
     for c in torch.nonzero(numbers >= MINIMUM)[:, 0].tolist():
         own = images[cells == c][::-(-int(numbers[c]) // most)]
-        z, log_variance = (torch.cat(parts) for parts in zip(*(net.encode(turn(scale(own), i)) for i in turns)))
+        step = len(turns) if len(own) * len(turns) > most else 1
+        z, log_variance = (torch.cat(parts) for parts in zip(*(net.encode(turn(scale(own[i % step::step]), which))
+                                                               for i, which in enumerate(turns))))
         mean[c], scatter[c] = z.mean(0), torch.cov(z.T.double(), correction=0)
         spread = spread + numbers[c] * log_variance.double().exp().mean(0)
     total = sum(int(numbers[c]) for c in mean)

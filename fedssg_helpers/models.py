@@ -6,7 +6,7 @@ from torch import nn
 
 from .keys import torch_rng
 
-WIDTHS = (32, 64, 128, 128)
+WIDTHS = (16, 32, 64)
 
 
 class SmallCNN(nn.Module):
@@ -31,8 +31,8 @@ class SmallCNN(nn.Module):
     def __init__(self, channels: int, classes: int, seed: int = 0):
         super().__init__()
         layers, before = [], channels
-        for width, stride in zip(WIDTHS, (2, 2, 2, 1)):
-            layers += [nn.Conv2d(before, width, 3, stride, padding=1, bias=False), nn.GroupNorm(8, width), nn.ReLU()]
+        for width in WIDTHS:
+            layers += [nn.Conv2d(before, width, 3, stride=2, padding=1, bias=False), nn.GroupNorm(8, width), nn.ReLU()]
             before = width
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(before, classes)
@@ -45,6 +45,12 @@ class SmallCNN(nn.Module):
                 nn.init.kaiming_normal_(module.weight, nonlinearity="relu", generator=generator)
         nn.init.normal_(self.head.weight, std=0.01, generator=generator)
         nn.init.zeros_(self.head.bias)
+
+    def norms(self) -> torch.Tensor:
+        """Which of the weights (P,), bool, are scales and shifts of a normalisation layer."""
+        kinds = [torch.full((p.numel(),), isinstance(module, nn.GroupNorm))
+                 for module in self.modules() for p in module.parameters(recurse=False)]
+        return torch.cat(kinds)
 
     def _flatten(self) -> None:
         parameters = list(self.parameters())
@@ -65,6 +71,15 @@ class SmallCNN(nn.Module):
 def scale(images: torch.Tensor) -> torch.Tensor:
     """uint8 images, 0..255, as float32 in about -2..2 (mid-grey is 0, a quarter of the range is 1)."""
     return images.float().sub_(127.5).div_(63.75)
+
+
+def normalise(images: torch.Tensor, style: torch.Tensor) -> torch.Tensor:
+    """Scaled images (B, C, H, W) in units of a style: less its mean, over its standard deviation.
+
+    `style` (B, 2, C), or (2, C) for all: mean and standard deviation of each channel, in scaled units.
+    """
+    mean, deviation = style.unsqueeze(-1).unsqueeze(-1).unbind(-4)
+    return (images - mean) / deviation
 
 
 def turn(images: torch.Tensor, which: int) -> torch.Tensor:

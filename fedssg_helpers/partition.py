@@ -45,7 +45,7 @@ class Federation:
         Test images of all devices, pooled; no lesion or patient of theirs is in any client's data.
     classes, devices : tuples of str
     setting : str
-        How images were dealt: "by_device" or, for example, "10_hospitals".
+        How images were dealt: "by_device" or, for example, "ten_hospitals".
     """
 
     clients: list[Client]
@@ -68,7 +68,8 @@ def federation(data: ImageSet, seed: int = 0, *, count: int = 0, **dials) -> Fed
     if count == 0 and not data.simulated and len(np.unique(data.device[train])) > 1:
         parts, setting = by_device(data, train), "by_device"
     else:
-        parts, setting = hospitals(data, train, count or 10, seed=seed, **dials), f"{count or 10}_hospitals"
+        parts = hospitals(data, train, count or 10, seed=seed, **dials)
+        setting = "ten_hospitals" if len(parts) == 10 else f"{len(parts)}_hospitals"
     return Federation(clients_of(data, parts), clients_of(data, [test])[0], data.classes, data.devices, setting)
 
 

@@ -12,14 +12,17 @@ course's own. K hospitals, C classes and D devices throughout; all counts are im
 """
 from __future__ import annotations
 
+import io
 import time
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from PIL import Image
 
 from . import generator
 from .keys import rng
+from .models import normalise, scale
 from .partition import Client, Federation
 
 
@@ -34,6 +37,9 @@ class Budget:
     cell : int, >= 0
         ... and for this many of every (class, device) cell that somebody else can generate: other devices are
         covered for its frequent classes too, and no class is synthetic only.
+    worth : float, >= 0
+        ... but for no more than so many samples per real image that the others can learn a cell from: a generator of
+        twenty images has little to tell, however much one asks it.
     offer : int, >= 0
         A hospital uploads at most this many samples of one cell.
     receive : int, >= 0
@@ -50,8 +56,9 @@ class Budget:
     """
 
     fill: int = 200
-    cell: int = 20
-    offer: int = 150
+    cell: int = 120
+    worth: float = 0.5
+    offer: int = 400
     receive: int = 1500
     power: float = 0.5
     silent: tuple[int, ...] = ()
@@ -61,6 +68,8 @@ class Budget:
             number = getattr(self, name)
             if not (0 <= number < np.inf and number == int(number)):
                 raise ValueError(f"the budget's {name} is {number}; it counts images: a whole number, 0 or more")
+        if not 0 <= self.worth < np.inf:
+            raise ValueError(f"the budget's worth is {self.worth}; it must be 0 or more")
         if not 0 <= self.power <= 1:
             raise ValueError(f"the budget's power is {self.power}; it must lie in 0..1 (0: all sources the same, "
                              "1: in proportion to their images)")
@@ -135,15 +144,29 @@ def supply(have: np.ndarray, budget: Budget = Budget()) -> np.ndarray:
 def class_and_device(have: np.ndarray, budget: Budget) -> np.ndarray:
     """FedSSG: fill each rare class from every device that owns it, and each cell that a hospital has never seen.
 
-    ``want = max(gap * share, floor)`` where gap (K, C) is what a hospital lacks of a class, share the part of
-    each device in what the others can supply, softened by ``budget.power``, and floor what is missing of
-    ``budget.cell`` images in a cell.
+    ``want = min(max(gap * share, floor), worth * others)`` where gap (K, C) is what a hospital lacks of a class, share
+    the part of each device in what the others can supply, softened by ``budget.power``, floor what is missing of
+    ``budget.cell`` images in a cell, and others (K, C, D) the real images behind it.
     """
     others = supply(have, budget)
     gap = np.maximum(budget.fill - have.sum(2), 0)
     share = _shares(np.where(others > 0, others ** budget.power, 0), axis=2)
     floor = np.where(others > 0, np.maximum(budget.cell - have, 0), 0)
-    return np.maximum(gap[:, :, None] * share, floor)
+    return np.minimum(np.maximum(gap[:, :, None] * share, floor), budget.worth * others)
+
+
+def class_only(have: np.ndarray, budget: Budget) -> np.ndarray:
+    """Ablation: fill each rare class in the mix of devices that the others have, and cover no device on purpose."""
+    others = supply(have, budget)
+    gap = np.maximum(max(budget.fill, budget.cell) - have.sum(2), 0)
+    return np.minimum(gap[:, :, None] * _shares(others, axis=2), budget.worth * others)
+
+
+def device_only(have: np.ndarray, budget: Budget) -> np.ndarray:
+    """Ablation: fill each device that a hospital lacks in the others' mix of classes, and no class on purpose."""
+    others = supply(have, budget)
+    gap = np.maximum(max(budget.fill, budget.cell) - have.sum(1), 0)
+    return np.minimum(gap[:, None, :] * _shares(others, axis=1), budget.worth * others)
 
 
 def uniform(have: np.ndarray, budget: Budget) -> np.ndarray:
@@ -162,7 +185,8 @@ def uniform(have: np.ndarray, budget: Budget) -> np.ndarray:
 
 
 # A rule takes (have, budget) and returns wishes (K, C, D), numbers >= 0; `plan` rounds them up and bounds them.
-RULES = {"class_and_device": class_and_device, "uniform": uniform}
+RULES = {"class_and_device": class_and_device, "uniform": uniform, "class_only": class_only,
+         "device_only": device_only}
 
 
 def _shares(weight: np.ndarray, axis) -> np.ndarray:
@@ -260,17 +284,80 @@ def pool_of(offers: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> Po
     return Pool(*(torch.cat(parts) for parts in zip(*offers)), torch.cat(source))
 
 
-def deal(wishes: np.ndarray, pool: Pool, client: int, seed: int) -> torch.Tensor:
+def deal(wishes: np.ndarray, pool: Pool, client: int, seed: int, draw: int = 0) -> torch.Tensor:
     """Rows of the pool, int64 (n,), for hospital `client`, whose wishes are (C, D): other hospitals' samples only.
 
     Each row at most once, and of each cell what is wished, or all that others uploaded where that is less.
     """
-    random, devices = rng(seed, "deal", client), wishes.shape[1]
+    random, devices = rng(seed, "deal", client, draw), wishes.shape[1]
     cell = (pool.labels * devices + pool.device).numpy()
     foreign = (pool.source != client).numpy()
     rows = [random.permutation(np.flatnonzero((cell == wanted) & foreign))[:wishes.flat[wanted]]
             for wanted in np.flatnonzero(wishes)]
     return torch.from_numpy(np.concatenate(rows) if rows else np.empty(0, np.int64))
+
+
+def packed(images: torch.Tensor) -> list[bytes]:
+    """uint8 images (N, C, H, W) as they travel: lossless WebP pictures of up to 100 images, one below the other."""
+    pictures = []
+    for part in images.split(100) if len(images) else ():
+        column = part.permute(0, 2, 3, 1).reshape(-1, part.shape[3], part.shape[1]).numpy()
+        stream = io.BytesIO()
+        Image.fromarray(column.squeeze()).convert("RGB").save(stream, "WEBP", lossless=True, method=1)
+        pictures.append(stream.getvalue())
+    return pictures
+
+
+def unpacked(pictures: list[bytes], channels: int, size: int) -> torch.Tensor:
+    """What `packed` packed: uint8 images (N, channels, size, size)."""
+    parts = [torch.empty(0, channels, size, size, dtype=torch.uint8)]
+    for picture in pictures:
+        column = np.array(Image.open(io.BytesIO(picture), formats=["WEBP"]).convert("RGB"))[..., :channels]
+        parts.append(torch.from_numpy(column).reshape(-1, size, size, channels).permute(0, 3, 1, 2))
+    return torch.cat(parts)
+
+
+def size_of(images: torch.Tensor) -> float:
+    """Bytes of images (N, C, H, W) under way, see `packed`."""
+    return float(sum(map(len, packed(images))))
+
+
+def styles(clients: list[Client], devices: int) -> torch.Tensor:
+    """How images of each device look on average: mean and standard deviation per channel, float32 (D, 2, C).
+
+    In scaled units, over the images of all hospitals: each sends 2 C sums and a count per device that it has. A
+    device without images gets the style of all images together.
+    """
+    images, device = torch.cat([c.images for c in clients]), torch.cat([c.device for c in clients])
+    every = []
+    for d in range(devices):
+        own = images[device == d] if (device == d).any() else images
+        x = scale(own).transpose(0, 1).flatten(1)
+        every.append(torch.stack([x.mean(1), x.std(1, correction=0).clamp(min=0.01)]))
+    return torch.stack(every)
+
+
+def restyle(pool: Pool, wishes: np.ndarray, style: torch.Tensor) -> Pool:
+    """The pool, and behind it samples re-rendered for the cells (class, device) that nobody can supply.
+
+    For a wished cell without uploads, samples of the class from other devices are given the wished device's mean and
+    standard deviation per channel (Reinhard et al. 2001, in RGB). They keep their source.
+
+    Parameters
+    ----------
+    wishes : int64 array (C, D)
+        The most that one hospital wishes of each cell.
+    style : float32 tensor (D, 2, C)
+        See `styles`.
+    """
+    parts = [pool]
+    for c, d in np.argwhere(wishes > 0):
+        if not ((pool.labels == c) & (pool.device == d)).any():
+            rows = torch.nonzero(pool.labels == c)[:, 0][:4 * int(wishes[c, d])]
+            plain = normalise(scale(pool.images[rows]), style[pool.device[rows]])
+            images = generator.unscale(plain * style[d, 1, :, None, None] + style[d, 0, :, None, None])
+            parts.append(Pool(images, pool.labels[rows], torch.full((len(rows),), int(d)), pool.source[rows]))
+    return Pool(*(torch.cat([getattr(part, name) for part in parts]) for name in vars(pool)))
 
 
 @dataclass(frozen=True)
@@ -284,8 +371,8 @@ class Shared:
     rows : list of int64 tensors (n_k,)
         The pool rows that each hospital received.
     costs : dict
-        generator_seconds (all hospitals together); bytes_up and bytes_down (one byte per pixel and channel, all
-        hospitals together), also as bytes_samples_up and bytes_samples_down.
+        generator_seconds (all hospitals together); bytes_up and bytes_down (see `packed`, all hospitals together),
+        also as bytes_samples_up and bytes_samples_down.
     """
 
     plan: Plan
@@ -295,7 +382,7 @@ class Shared:
 
 
 def share(clients: list[Client], federation: Federation, rule: str, seed: int, *, budget: Budget = Budget(),
-          latent: int = 200, steps: int = 0, temperature: float = 0.9) -> Shared:
+          real: bool = False, restyled: bool = False, draw: int = 0, **options) -> Shared:
     """The whole exchange: reports, plan, generators, uploads, dealing.
 
     Generators stay at home: a hospital's samples are the only thing that leaves it besides its counts.
@@ -304,8 +391,14 @@ def share(clients: list[Client], federation: Federation, rule: str, seed: int, *
     ----------
     rule, budget
         See `plan`.
-    latent, steps, temperature
-        Of the generator, see `generator.fit` and `generator.Generator.sample`.
+    real : bool
+        The oracle that no privacy rule allows: real images are uploaded in place of samples, as far as there are.
+    restyled : bool
+        Also fill ``budget.cell`` places of each cell that nobody can supply, see `restyle`.
+    draw : int
+        Names the samples: another number, other samples of the same generators.
+    options
+        Of the generator: latent, steps, temperature, see `offer_of`.
 
     Raises
     ------
@@ -313,24 +406,30 @@ def share(clients: list[Client], federation: Federation, rule: str, seed: int, *
         See `reports` and `plan`.
     """
     classes, devices = len(federation.classes), len(federation.devices)
-    agreed = plan(reports(clients, classes, devices), rule, budget)
+    have = reports(clients, classes, devices)
+    agreed = plan(have, rule, budget)
     began = time.perf_counter()
-    offers = [offer_of(c, agreed.offer[k], k, seed, latent=latent, steps=steps, temperature=temperature)
-              for k, c in enumerate(clients)]
+    offers = [real_offer_of(c, agreed.offer[k], k, seed) if real else
+              offer_of(c, agreed.offer[k], k, seed, draw=draw, **options) for k, c in enumerate(clients)]
     seconds = time.perf_counter() - began
-    pool = pool_of(offers)
-    rows = [deal(agreed.want[k], pool, k, seed) for k in range(len(clients))]
-    image_bytes = clients[0].images.shape[1:].numel()
-    up, down = float(len(pool) * image_bytes), float(sum(map(len, rows)) * image_bytes)
+    pool, wishes = pool_of(offers), agreed.want
+    up = sum(size_of(images) for images, _, _ in offers)
+    if restyled:
+        seen = (have.sum((0, 1)) > 0) & (credible(have, budget).sum(0) == 0)  # devices in use, cells without source
+        wishes = np.where(seen, np.maximum(budget.cell - have, 0), wishes)
+        pool = restyle(pool, wishes.max(0), styles(clients, devices))
+    rows = [deal(wishes[k], pool, k, seed, draw) for k in range(len(clients))]
+    down = sum(size_of(pool.images[r]) for r in rows)
     return Shared(agreed, pool, rows, {"generator_seconds": seconds, "bytes_up": up, "bytes_down": down,
                                        "bytes_samples_up": up, "bytes_samples_down": down})
 
 
-def offer_of(client: Client, numbers: np.ndarray, k: int, seed: int, *, latent: int = 200, steps: int = 0,
-             temperature: float = 0.9) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def offer_of(client: Client, numbers: np.ndarray, k: int, seed: int, *, draw: int = 0, latent: int = 200,
+             steps: int = 0, temperature: float = 0.9) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What hospital k does: train its generator and sample `numbers` (C, D); gives images, labels, device.
 
-    Nothing is trained where nothing is asked for.
+    Nothing is trained where nothing is asked for. For latent, steps and temperature see `generator.fit` and
+    `generator.Generator.sample`; `draw` names the samples.
 
     Raises
     ------
@@ -346,7 +445,26 @@ def offer_of(client: Client, numbers: np.ndarray, k: int, seed: int, *, latent: 
     if len(cells):
         model = generator.fit(client.images, client.labels, client.labels * devices + client.device,
                               rng(seed, "generator", k), latent=latent, steps=steps)
-        images += [model.sample(int(cell), int(numbers.flat[cell]), rng(seed, "samples", k, int(cell)), temperature)
+        images += [model.sample(int(cell), int(numbers.flat[cell]), rng(seed, f"samples {draw}", k, int(cell)), temperature)
                    for cell in np.flatnonzero(numbers)]
     cells = torch.from_numpy(cells)
     return torch.cat(images), cells // devices, cells % devices
+
+
+def real_offer_of(client: Client, numbers: np.ndarray, k: int,
+                  seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The oracle's upload: `numbers` (C, D) of hospital k's *real* images, or all where it has fewer."""
+    cell, random = (client.labels * numbers.shape[1] + client.device).numpy(), rng(seed, "real upload", k)
+    rows = torch.from_numpy(np.concatenate([random.permutation(np.flatnonzero(cell == c))[:numbers.flat[c]]
+                                            for c in range(numbers.size)]))
+    return client.images[rows], client.labels[rows], client.device[rows]
+
+
+def copies(labels: torch.Tensor, wishes: np.ndarray, random: np.random.Generator) -> torch.Tensor:
+    """Duplication, the control without any exchange: rows of a hospital's *own* images (N,), drawn with replacement.
+
+    As many of each class as `wishes` (C, D) asks for; none of a class that the hospital lacks.
+    """
+    numbers = wishes.sum(1) * (torch.bincount(labels, minlength=len(wishes)).numpy() > 0)
+    return torch.from_numpy(np.concatenate([random.choice(np.flatnonzero(labels == c), n) if n else np.empty(0, int)
+                                            for c, n in enumerate(numbers)]))

@@ -134,7 +134,7 @@ def test_federation_is_by_device_where_devices_are_real():
     federation = partition.federation(real)
     assert federation.setting == "by_device" and len(federation.clients) == 3
     assert all(len(c.device.unique()) == 1 for c in federation.clients)
-    assert partition.federation(data).setting == "10_hospitals"
+    assert partition.federation(data).setting == "ten_hospitals"
     assert partition.federation(real, count=4).setting == "4_hospitals"
 
 

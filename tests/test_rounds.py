@@ -1,16 +1,19 @@
 """Federated rounds: FedAvg and what each method changes, on noise with a planted class signal."""
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from fedssg_helpers import experiment, rounds
+from fedssg_helpers import experiment, rounds, sharing
 from fedssg_helpers.keys import rng
-from fedssg_helpers.models import SmallCNN, predict, scale, turn
+from fedssg_helpers.models import SmallCNN, normalise, predict, scale, turn
 from fedssg_helpers.partition import Client, Federation
 from fedssg_helpers.rounds import Method, average, train_local
+from fedssg_helpers.sharing import Budget
 
 CLASSES = 3
 
@@ -69,7 +72,7 @@ def test_local_training_is_sgd_with_momentum_and_weight_decay():
     optimiser = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4)
     offset = rounds.log_prior(holds.labels, CLASSES)
     random = rng(0, "local")
-    for rows in rounds.batches(holds.labels, 6, 32, random):
+    for rows in rounds.batches(len(holds), 6, 32, random):
         optimiser.zero_grad(set_to_none=False)
         x = turn(scale(holds.images[rows]), int(random.integers(8)))
         F.cross_entropy(net(x) + offset, holds.labels[rows]).backward()
@@ -117,14 +120,14 @@ def test_a_stronger_pull_keeps_closer():
 
 
 def test_passes_see_every_image_equally_often():
-    labels = torch.zeros(40, dtype=torch.long)
-    rows = torch.cat(list(rounds.batches(labels, 5, 16, rng(0, "x"))))
+    rows = torch.cat(list(rounds.batches(40, 5, 16, rng(0, "x"))))
     assert (torch.bincount(rows, minlength=40) == 2).all()
 
 
 def test_balanced_sampling_balances():
     labels = torch.tensor([0] * 900 + [1] * 90 + [3] * 10)
-    rows = torch.cat(list(rounds.batches(labels, 100, 64, rng(0, "x"), balanced=True)))
+    chance = rounds.draw_chances(labels, balanced=True)
+    rows = torch.cat(list(rounds.batches(len(labels), 100, 64, rng(0, "x"), chance)))
     part = torch.bincount(labels[rows], minlength=5) / len(rows)
     assert torch.allclose(part, torch.tensor([1 / 3, 1 / 3, 0, 1 / 3, 0]), atol=0.025)
 
@@ -214,15 +217,17 @@ def test_equal_steps_and_equal_start_for_every_federated_method(name, monkeypatc
     calls: list = []
     monkeypatch.setattr(rounds, "train_local", spy)
     monkeypatch.setattr(rounds, "pretrain", lambda net, *a, **k: net.weights.clone())  # local steps only
+    monkeypatch.setattr(rounds, "evaluate", lambda *a, **k: np.zeros((2, CLASSES, CLASSES), int))
     dealt = federation()
     rounds.run(dealt, experiment.METHODS[name], 0, rounds=2)
     steps, lrs, starts = zip(*calls)
     wanted = [rounds.steps_of(c) for c in dealt.clients]
-    if name == "centralised":
+    method = experiment.METHODS[name]
+    if method.trained_at != "hospitals":
         assert steps == (rounds.steps_of(Client.joined(dealt.clients)),) * 2
     else:
         assert list(steps) == wanted * 2
-    assert sorted(set(lrs)) == pytest.approx([0.025, 0.05])
+    assert sorted(set(lrs)) == pytest.approx([0.5 * method.lr, method.lr])
     assert torch.equal(starts[0], SmallCNN(1, CLASSES).weights)
 
 
@@ -293,11 +298,10 @@ def test_divergence_names_the_client():
         rounds.run(federation(), Method(mu=1e30), 0, rounds=3)
 
 
-@pytest.mark.parametrize("options", [{"rounds": 0}, {"rounds": -3}, {"rounds": 1, "lr": 0}, {"rounds": 1, "lr": -0.1},
-                                     {"rounds": 1, "lr": float("nan")}])
-def test_impossible_settings_are_named(options):
-    with pytest.raises(ValueError, match="rounds is .* lr is"):
-        rounds.run(federation(), Method(), 0, **options)
+@pytest.mark.parametrize("number", [0, -3])
+def test_impossible_settings_are_named(number):
+    with pytest.raises(ValueError, match="rounds is"):
+        rounds.run(federation(), Method(), 0, rounds=number)
 
 
 def test_an_empty_hospital_is_named():
@@ -308,8 +312,187 @@ def test_an_empty_hospital_is_named():
         rounds.run(broken, Method(), 0, rounds=1)
 
 
-@pytest.mark.parametrize("fields, word", [({"mu": -0.1}, "mu"), ({"pretrain_steps": -1}, "pretrain_steps"),
-                                          ({"sharing": "everything"}, "no sharing rule")])
+@pytest.mark.parametrize("fields, word", [
+    ({"mu": -0.1}, "mu"), ({"pretrain_steps": -1}, "pretrain_steps"), ({"sharing": "everything"}, "no sharing rule"),
+    ({"lr": 0}, "lr"), ({"lr": float("nan")}, "lr"), ({"server_momentum": 1.0}, "server_momentum"),
+    ({"drop": 1.0}, "drop"), ({"share": 1.5}, "share"), ({"temperature": -1}, "temperature"),
+    ({"at_home": "head"}, "at_home"), ({"content": "photos"}, "content"), ({"trained_at": "moon"}, "trained_at"),
+    ({"pretrain_steps": 5}, "no pool"), ({"trained_at": "pool"}, "no pool")])
 def test_impossible_methods_are_named(fields, word):
     with pytest.raises(ValueError, match=word):
         Method(**fields)
+
+
+# ------------------------------------------------------------------------------------- what each method changes
+
+def weights_of(method: Method, number: int = 2, **dealt) -> np.ndarray:
+    return rounds.run(federation(**dealt), method, 0, rounds=number).weights
+
+
+SHARE = Method(sharing="class_and_device", budget=Budget(fill=60, cell=10))
+
+
+@pytest.mark.parametrize("same", [
+    Method(server_momentum=0.0), Method(at_home=""), Method(scaffold=False),
+    Method(sharing="class_and_device", budget=Budget(receive=0)),  # nothing is received
+    Method(sharing="class_and_device", deal=False),  # a pool that nobody uses
+    Method(sharing="class_and_device", content="copies", budget=Budget(fill=0, cell=0))])
+def test_each_falls_back_to_fedavg_bit_for_bit(same):
+    assert np.array_equal(weights_of(same), weights_of(Method()))
+
+
+@pytest.mark.parametrize("fields", [
+    {"scaffold": True}, {"server_momentum": 0.5}, {"at_home": "norm"}, {"device_statistics": True}, {"share": 0.5},
+    {"share": 0.5, "decay": True}, {"drop": 0.5}, {"refresh": True}, {"content": "copies"}, {"content": "real"},
+    {"temperature": 0.0}, {"sharing": "class_only"}, {"sharing": "device_only"}, {"sharing": "uniform"}])
+def test_each_field_does_something_and_is_bit_equal_when_repeated(fields):
+    changed = replace(SHARE, **fields)
+    assert not np.array_equal(weights_of(changed), weights_of(SHARE))
+    assert np.array_equal(weights_of(changed), weights_of(changed))
+
+
+def test_server_momentum_is_its_formula():
+    """FedAvgM: v = beta v + (w - mean), w = w - v; means are FedAvg's of the same start, so look at round two."""
+    dealt, net = federation(), SmallCNN(1, CLASSES)
+    sent = []
+    for beta in (0.0, 0.5):
+        sent.append(torch.from_numpy(rounds.run(dealt, Method(server_momentum=beta), 0, rounds=1).weights))
+    assert torch.allclose(*sent, atol=1e-6)  # no last step yet
+    calls, real = [], rounds.average
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounds, "average", lambda updates: calls.append(real(updates)) or calls[-1])
+        end = torch.from_numpy(rounds.run(dealt, Method(server_momentum=0.5), 0, rounds=2).weights)
+    first = net.weights - calls[0]
+    assert torch.allclose(end, calls[0] - (0.5 * first + calls[0] - calls[1]), atol=1e-6)
+
+
+def test_scaffold_starts_as_fedavg_and_its_corrections_sum_to_zero():
+    dealt = federation((60, 60, 60))
+    first = [rounds.run(dealt, Method(scaffold=on), 0, rounds=1).weights for on in (True, False)]
+    assert np.array_equal(*first)  # all controls are zero in the first round
+    seen, real = [], rounds.train_local
+
+    def spy(net, start, *a, correction=None, **k):
+        seen.append(correction)
+        return real(net, start, *a, correction=correction, **k)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rounds, "train_local", spy)
+        rounds.run(dealt, Method(scaffold=True), 0, rounds=2)
+    second = torch.stack(seen[3:])
+    assert second.abs().max() > 0 and torch.allclose(second.sum(0), torch.zeros(second.shape[1]), atol=1e-5)
+
+
+def test_travel_is_the_distance_of_sgd_with_momentum():
+    w = torch.zeros(1, requires_grad=True)
+    optimiser = torch.optim.SGD([w], lr=0.1, momentum=0.9)
+    for _ in range(7):
+        w.grad = torch.ones(1)
+        optimiser.step()
+    assert rounds.travel(7, 0.1) == pytest.approx(-w.item(), rel=1e-5)
+
+
+def test_scaffold_recovers_a_constant_gradient():
+    """(start - end) / travel is the mean gradient: exact where the gradient is constant (here: zero loss, a pull)."""
+    start, gradient = torch.zeros(3), torch.tensor([1.0, -2.0, 0.5])
+    speed, w = torch.zeros(3), start.clone()
+    for _ in range(5):
+        speed = 0.9 * speed + gradient
+        w = w - 0.03 * speed
+    assert torch.allclose((start - w) / rounds.travel(5, 0.03), gradient, atol=1e-5)
+
+
+def test_what_stays_at_home():
+    """Norms at home: the shared part is common, bytes are saved; all at home: every hospital is alone."""
+    dealt, plain = federation(), rounds.run(federation(), Method(), 0, rounds=2).costs["bytes_up"]
+    net = SmallCNN(1, CLASSES)
+    saved = plain - rounds.run(dealt, Method(at_home="norm"), 0, rounds=2).costs["bytes_up"]
+    assert saved == 4 * 3 * 2 * int(net.norms().sum())
+    run = rounds.run(dealt, Method(at_home="all"), 0, rounds=2)
+    assert run.costs["bytes_up"] == 0
+    alone = []
+    for k, c in enumerate(dealt.clients):
+        w = SmallCNN(1, CLASSES).weights
+        for r in range(2):
+            w = train_local(net, w, c.images, c.labels, steps=rounds.steps_of(c), random=rng(0, "local training", k, r),
+                            lr=0.05 * 0.5 * (1 + np.cos(np.pi * r / 2)))
+        alone.append(w)
+    assert np.array_equal(run.confusions[-1], rounds.evaluate_at_home(net, alone, dealt, 0))
+    assert (run.confusions.sum((1, 2, 3)) == len(dealt.test)).all()  # each test image is judged once
+
+
+def test_norms_are_the_normalisation_layers():
+    net = SmallCNN(3, 5)
+    chosen = net.norms()
+    net.weights[chosen] = 7.0
+    norms = [m for m in net.modules() if isinstance(m, torch.nn.GroupNorm)]
+    assert all((m.weight == 7).all() and (m.bias == 7).all() for m in norms)
+    assert int(chosen.sum()) == 2 * sum(m.num_channels for m in norms)
+
+
+def test_centre_is_one_hospital_with_everything():
+    dealt = federation()
+    merged = replace(dealt, clients=[Client.joined(dealt.clients)])
+    run = rounds.run(dealt, Method(trained_at="centre"), 0, rounds=2)
+    assert np.array_equal(run.weights, rounds.run(merged, Method(), 0, rounds=2).weights)
+    assert run.costs["bytes_up"] == run.costs["bytes_down"] == 0
+
+
+def test_the_pool_alone_never_sees_a_real_image(monkeypatch):
+    seen, real = [], rounds.train_local
+    monkeypatch.setattr(rounds, "train_local", lambda net, start, images, *a, **k: (
+        seen.append(images), real(net, start, images, *a, **k))[1])
+    dealt, method = federation(), replace(SHARE, trained_at="pool")
+    costs = rounds.run(dealt, method, 0, rounds=1).costs
+    pool = rounds.exchange(dealt.clients, dealt, method, 0).pool.images
+    assert len(seen) == 1 and torch.equal(seen[0], pool)
+    assert costs["bytes_down"] == 0 and costs["bytes_up"] == costs["bytes_samples_up"] > 0
+
+
+def test_the_oracle_deals_real_images_and_duplication_ones_own():
+    dealt = federation()
+    everything = {bytes(image.numpy()) for c in dealt.clients for image in c.images}
+    for content in ("real", "copies"):
+        method = replace(SHARE, content=content)
+        shared = rounds.exchange(dealt.clients, dealt, method, 0)
+        for client, (images, labels, own, _) in zip(dealt.clients, rounds.holdings(dealt.clients, dealt, method, 0, shared)):
+            mine = {bytes(image.numpy()) for image in client.images}
+            received = {bytes(image.numpy()) for image in images[own:]}
+            assert own == len(client) < len(images) == len(labels)
+            assert received <= (mine if content == "copies" else everything - mine)
+    assert rounds.run(dealt, replace(SHARE, content="copies"), 0, rounds=1).costs["bytes_samples_down"] == 0
+
+
+def test_a_share_of_every_batch_and_its_prior():
+    labels = torch.tensor([0] * 90 + [1] * 10 + [1] * 20)
+    chance = rounds.draw_chances(labels, own=100, share=0.4)
+    assert chance.sum() == pytest.approx(1) and chance[100:].sum() == pytest.approx(0.4)
+    assert rounds.draw_chances(labels, own=120, share=0.4) is None  # nothing received
+    prior = rounds.log_prior(labels, 3, chance).exp()
+    assert torch.allclose(prior, torch.tensor([0.54, 0.46, 0.1 / 120]) / (1 + 0.1 / 120), atol=1e-5)
+
+
+def test_normalised_by_a_device_each_device_looks_alike():
+    images = torch.cat([client(200, 1).images // 2, client(200, 2).images // 3 + 90])
+    device = torch.arange(2).repeat_interleave(200)
+    holder = Client(images, torch.zeros(400, dtype=torch.long), device)
+    styles = sharing.styles([holder], 2)
+    shown = normalise(scale(images), styles[device])
+    for d in (0, 1):
+        own = shown[device == d]
+        assert own.mean().abs() < 1e-4 and float(own.std(correction=0)) == pytest.approx(1, abs=1e-4)
+    assert torch.equal(sharing.styles([holder], 3)[2], sharing.styles([replace(holder, device=device * 0)], 1)[0])
+
+
+def test_the_filter_drops_what_is_least_convincing():
+    net = SmallCNN(1, CLASSES)
+    with torch.no_grad():
+        net.head.weight.normal_(generator=torch.Generator().manual_seed(0))
+    holds = client(100)
+    pool = sharing.Pool(holds.images, holds.labels, holds.device, holds.device)
+    keep = rounds.convincing(net, net.weights.clone(), pool, 0.3)
+    belief = net(holds.images).log_softmax(1)[torch.arange(100), holds.labels]
+    for c in range(CLASSES):
+        own = holds.labels == c
+        assert int(keep[own].sum()) == pytest.approx(0.7 * int(own.sum()), abs=1)
+        assert belief[own & keep].min() > belief[own & ~keep].max()

@@ -285,3 +285,63 @@ def test_it_does_not_matter_who_is_called_first():
     assert torch.equal(pool.images, whole.pool.images) and torch.equal(pool.source, whole.pool.source)
     for k in (1, 2, 0):
         assert torch.equal(sharing.deal(whole.plan.want[k], pool, k, 0), whole.rows[k])
+
+
+# ---------------------------------------------------------------------------------------------- variants and controls
+
+
+def test_class_only_fills_classes_in_the_others_mix_of_devices():
+    have = np.array([[[0, 0], [300, 0]], [[64, 0], [90, 0]], [[0, 16], [0, 9]]])
+    want = sharing.class_only(have, Budget(fill=120, cell=20))
+    np.testing.assert_allclose(want[0, 0], [120 * 64 / 80, 120 * 16 / 80])
+    np.testing.assert_allclose(want[0, 1], [0, 0])  # enough of the class, though none from device 1
+    assert sharing.class_and_device(have, Budget(fill=120, cell=20))[0, 1, 1] == 20
+
+
+def test_device_only_fills_devices_in_the_others_mix_of_classes():
+    have = np.array([[[100, 0], [300, 0]], [[0, 60], [0, 20]]])
+    want = sharing.device_only(have, Budget(fill=120))
+    np.testing.assert_allclose(want[0, :, 1], [120 * 60 / 80, 120 * 20 / 80])
+    np.testing.assert_allclose(want[0, :, 0], [0, 0])
+    np.testing.assert_allclose(want[1, :, 1], [0, 0])  # it lacks 40 of its own device, but nobody else has any
+
+
+def test_restyled_samples_fill_what_nobody_owns():
+    have = np.array([[[40, 0], [30, 0]], [[0, 0], [0, 50]]])  # nobody has class 0 on device 1
+    federation = federation_of(have)
+    dark = replace(federation.clients[0], images=federation.clients[0].images // 4)
+    federation = replace(federation, clients=[dark, federation.clients[1]])
+    plain, styled = (sharing.share(federation.clients, federation, "class_and_device", 0, budget=SMALL, latent=8,
+                                   restyled=on) for on in (False, True))
+    empty = (styled.pool.labels == 0) & (styled.pool.device == 1)
+    assert int(empty.sum()) >= SMALL.cell and not ((plain.pool.labels == 0) & (plain.pool.device == 1)).any()
+    assert torch.equal(styled.pool.images[:len(plain.pool)], plain.pool.images)
+    got = counted(styled.pool, styled.rows[1], (2, 2))
+    assert got[0, 1] == SMALL.cell and not (styled.pool.source[styled.rows[1]] == 1).any()
+    source = (plain.pool.labels == 0) & (plain.pool.device == 0)
+    bright = sharing.styles(federation.clients, 2)[:, 0, 0]
+    assert plain.pool.images[source].float().mean() < styled.pool.images[empty].float().mean()
+    assert bright[0] < bright[1]
+    assert styled.costs["bytes_up"] == plain.costs["bytes_up"] < styled.costs["bytes_down"]
+
+
+def test_real_uploads_are_the_hospitals_own_images_each_once():
+    client = hospital([[20, 0], [12, 5]])
+    images, labels, device = sharing.real_offer_of(client, np.array([[15, 4], [30, 2]]), 0, 0)
+    own = {bytes(i.numpy()): (int(a), int(b)) for i, a, b in zip(client.images, client.labels, client.device)}
+    sent = [bytes(i.numpy()) for i in images]
+    assert len(set(sent)) == len(sent) == 15 + 0 + 12 + 2
+    assert [own[i] for i in sent] == list(zip(labels.tolist(), device.tolist()))
+
+
+def test_copies_come_from_the_classes_that_are_there():
+    labels = torch.tensor([0, 0, 2, 2, 2])
+    rows = sharing.copies(labels, np.array([[3, 1], [5, 0], [0, 6]]), np.random.default_rng(0))
+    assert torch.bincount(labels[rows], minlength=3).tolist() == [4, 0, 6]
+    assert len(sharing.copies(labels, np.zeros((3, 2), int), np.random.default_rng(0))) == 0
+
+
+def test_another_draw_is_another_pool_of_the_same_size():
+    first, second = shared(HAVE, budget=SMALL), shared(HAVE, budget=SMALL, draw=1)
+    assert first.pool.images.shape == second.pool.images.shape and not torch.equal(first.pool.images, second.pool.images)
+    assert [len(r) for r in first.rows] == [len(r) for r in second.rows]
