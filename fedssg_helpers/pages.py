@@ -92,7 +92,7 @@ def page(notebook_path: Path, pictures: Path) -> str:
     text = re.sub(r'<script src="(http[^"]*mathjax[^"]*)">', r'<script async src="\1">', text, flags=re.I)
     text = text.replace("</head>", READABLE + "</head>", 1)
     text = re.sub(r"<body[^>]*>", r'\g<0><p><a href="index.html">All lessons</a></p>', text, count=1)
-    return re.sub(r'href="(\d\d_\w+)\.ipynb', r'href="\1.html', text)
+    return re.sub(r'href="((?:\d\d|A\d)_\w+)\.ipynb', r'href="\1.html', text)
 
 
 def heading(notebook) -> tuple[str, str]:

@@ -195,6 +195,15 @@ def test_keyboard_stop_says_how_to_go_on(folder, tmp_path, monkeypatch, capsys):
     assert "--resume" in capsys.readouterr().err
 
 
+def test_an_appendix_runs_only_where_it_is_named(folder):
+    write(folder / "A1_more.ipynb", PICTURE)
+    assert [path.stem for path in course.lessons(folder)] == ["00_first", "01_second"]
+    assert [path.stem for path in course.lessons(folder, ["A1"])] == ["A1_more"]
+    assert [path.stem for path in course.lessons(folder, ["A1", "01"])] == ["01_second", "A1_more"]
+    with pytest.raises(course.CourseError, match="A1_more"):
+        course.lessons(folder, ["A1", "07"])
+
+
 def test_parameters_go_only_where_they_are_declared(folder):
     first, second = course.lessons(folder)
     notebook = nbformat.read(second, as_version=4)

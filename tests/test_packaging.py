@@ -77,8 +77,9 @@ def test_make_help_lists_the_two_commands():
     assert {"make course", "make test"} <= {line[:13].strip() for line in result.stdout.splitlines()}
 
 
-def test_the_five_lessons_are_committed():
-    assert [path.name[:2] for path in LESSONS][:5] == ["00", "01", "02", "03", "04"]
+def test_the_lessons_and_the_appendix_are_committed():
+    assert [path.name[:2] for path in LESSONS] == ["00", "01", "02", "03", "04", "05"]
+    assert (ROOT / "notebooks" / "A1_accuracy.ipynb").exists()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -94,7 +95,7 @@ def test_notebook_is_committed_clean(path):
     assert "widget-state" not in path.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("path", LESSONS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_lesson_is_committed_executed(path):
     cells = [cell for cell in read(path).cells if cell.cell_type == "code" and cell.source.strip()]
     assert [cell.execution_count for cell in cells] == [*range(1, len(cells) + 1)], "make notebooks"

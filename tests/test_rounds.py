@@ -264,7 +264,7 @@ def test_sharing_is_counted_in_bytes():
     dealt = federation()
     costs = rounds.run(dealt, method, 0, rounds=1).costs
     plain = rounds.run(dealt, Method(), 0, rounds=1).costs
-    assert costs["bytes_samples_up"] > 0 and costs["bytes_samples_up"] % (12 * 12) == 0
+    assert costs["bytes_samples_up"] > 0 and costs["bytes_samples_down"] > 0
     assert costs["bytes_up"] == plain["bytes_up"] + costs["bytes_samples_up"]
     assert costs["bytes_down"] == plain["bytes_down"] + costs["bytes_samples_down"]
 

@@ -135,36 +135,44 @@ def test_hospitals_may_be_listed_in_any_order():
 
 def test_the_rule_is_its_formula():
     have = np.array([[[0, 0], [300, 0]], [[64, 0], [90, 0]], [[0, 16], [0, 7]]])
-    want = sharing.class_and_device(have, Budget(fill=120, cell=20, power=0.5))
+    want = sharing.class_and_device(have, Budget(fill=120, cell=20, power=0.5, worth=100))
     np.testing.assert_allclose(want[0, 0], [120 * 8 / (8 + 4), 120 * 4 / (8 + 4)])  # gap 120, shares sqrt 64, sqrt 16
     np.testing.assert_allclose(want[0, 1], [0, 0])  # no gap; 7 images of device 1 are too few to generate from
     np.testing.assert_allclose(want[1, 0], [0, 56])  # gap 56 from the only other source
     np.testing.assert_allclose(want[2, 0], [104, 0])
     np.testing.assert_allclose(want[1, 1], [30, 0])
+    modest = sharing.class_and_device(have, Budget(fill=120, cell=20, power=0.5, worth=0.5))
+    np.testing.assert_allclose(modest, np.minimum(want, 0.5 * sharing.supply(have)))
 
 
 def test_the_floor_reaches_a_class_that_needs_no_filling():
     have = np.array([[[500, 0]], [[0, 40]]])
-    np.testing.assert_array_equal(sharing.plan(have, "class_and_device").want[0], [[0, 20]])
+    np.testing.assert_array_equal(sharing.plan(have, "class_and_device", Budget(cell=15)).want[0], [[0, 15]])
+
+
+def test_nobody_asks_for_more_than_the_sources_are_worth():
+    have = np.array([[[0, 0]], [[40, 10]]])
+    for worth, wanted in ((0.0, [0, 0]), (0.5, [20, 5]), (2.0, [80, 20])):
+        np.testing.assert_array_equal(sharing.plan(have, "class_and_device", Budget(worth=worth)).want[0, 0], wanted)
 
 
 def test_the_neediest_customer_sets_the_upload():
     have = np.array([[[100]], [[90]], [[0]], [[0]]])
-    plan = sharing.plan(have, "class_and_device", Budget(fill=200, power=1.0, offer=1000))
+    plan = sharing.plan(have, "class_and_device", Budget(fill=200, cell=20, worth=10, power=1.0, offer=1000))
     np.testing.assert_array_equal(plan.want.ravel(), [100, 110, 200, 200])
     np.testing.assert_array_equal(plan.offer.ravel(), [110, 100, 0, 0])  # 200 * 100/190 = 105.3, but hospital 1: 110
 
 
 def test_what_one_source_may_not_upload_another_takes_over():
     have = np.array([[[1000]], [[10]], [[0]]])
-    plan = sharing.plan(have, "class_and_device", Budget(fill=100, offer=60))
+    plan = sharing.plan(have, "class_and_device", Budget(fill=100, cell=20, worth=10, offer=60))
     assert plan.want[2, 0, 0] == 100
     assert plan.offer[:2, 0, 0].tolist() == [60, 40]
 
 
 def test_a_silent_hospital_receives_but_does_not_supply():
     have = np.array([[[50]], [[60]], [[0]]])
-    plan = sharing.plan(have, "class_and_device", Budget(silent=(0,)))
+    plan = sharing.plan(have, "class_and_device", Budget(cell=20, worth=10, offer=150, silent=(0,)))
     assert plan.offer[:, 0, 0].tolist() == [0, 150, 0]
     assert plan.want[0, 0, 0] == 150 and plan.want[1, 0, 0] == 0
 
@@ -185,7 +193,7 @@ def test_where_nobody_can_supply_nothing_is_planned(have):
 
 def test_one_device_a_class_of_nobody_and_a_class_of_one():
     have = np.array([[[60], [0], [30]], [[40], [0], [0]], [[9], [0], [3]]])
-    plan = sharing.plan(have, "class_and_device")
+    plan = sharing.plan(have, "class_and_device", Budget(cell=20, worth=10, offer=150))
     assert not plan.want[:, 1].any() and not plan.offer[:, 1].any()  # absent everywhere
     assert plan.want[0, 2, 0] == 0  # the only owner gets none of its own
     assert plan.want[1, 2, 0] == 150 and plan.want[2, 2, 0] == 150  # the cap of the one source
@@ -208,7 +216,7 @@ def test_reports_that_are_no_counts(have, part):
 
 
 @pytest.mark.parametrize("field, value", [
-    ("fill", -1), ("cell", 2.5), ("offer", float("nan")), ("receive", float("inf")), ("power", 1.5), ("power", -0.1)])
+    ("fill", -1), ("cell", 2.5), ("offer", float("nan")), ("receive", float("inf")), ("worth", -1), ("worth", float("inf")), ("power", 1.5), ("power", -0.1)])
 def test_a_budget_out_of_range(field, value):
     with pytest.raises(ValueError, match=field):
         Budget(**{field: value})
@@ -255,7 +263,7 @@ def test_uploads_that_do_not_fit_together():
 # ---------------------------------------------------------------------------------------------- the whole exchange
 
 HAVE = np.array([[[30, 0], [12, 0]], [[0, 25], [0, 3]], [[0, 20], [0, 15]]])
-SMALL = Budget(fill=40, cell=10, offer=30)
+SMALL = Budget(fill=40, cell=10, worth=10, offer=30)
 
 
 def test_the_exchange_deals_the_plan_and_counts_its_bytes():
@@ -265,8 +273,20 @@ def test_the_exchange_deals_the_plan_and_counts_its_bytes():
     for k, rows in enumerate(result.rows):
         np.testing.assert_array_equal(counted(result.pool, rows, (2, 2)), result.plan.want[k])
         assert not (result.pool.source[rows] == k).any()
-    assert result.costs["bytes_up"] == 256 * result.plan.offer.sum()
-    assert result.costs["bytes_down"] == 256 * result.plan.want.sum()
+    sent = [result.pool.images[result.pool.source == k] for k in range(3)]
+    assert result.costs["bytes_up"] == sum(map(sharing.size_of, sent)) > 0
+    assert result.costs["bytes_down"] == sum(sharing.size_of(result.pool.images[rows]) for rows in result.rows)
+
+
+@pytest.mark.parametrize("channels, size", [(1, 16), (3, 28), (3, 17), (1, 128)])
+@pytest.mark.parametrize("number", [0, 1, 100, 101])
+def test_images_travel_without_loss(channels, size, number):
+    random = np.random.default_rng(0)
+    images = torch.from_numpy(random.integers(0, 256, (number, channels, size, size), dtype=np.uint8))
+    assert torch.equal(sharing.unpacked(sharing.packed(images), channels, size), images)
+    flat = torch.full_like(images, 7)
+    assert number == 0 or sharing.size_of(flat) < flat.numel() / 2
+    assert sharing.size_of(images[:0]) == 0
 
 
 def test_two_exchanges_agree_to_the_last_bit():
@@ -292,15 +312,15 @@ def test_it_does_not_matter_who_is_called_first():
 
 def test_class_only_fills_classes_in_the_others_mix_of_devices():
     have = np.array([[[0, 0], [300, 0]], [[64, 0], [90, 0]], [[0, 16], [0, 9]]])
-    want = sharing.class_only(have, Budget(fill=120, cell=20))
+    want = sharing.class_only(have, Budget(fill=120, cell=20, worth=10))
     np.testing.assert_allclose(want[0, 0], [120 * 64 / 80, 120 * 16 / 80])
     np.testing.assert_allclose(want[0, 1], [0, 0])  # enough of the class, though none from device 1
-    assert sharing.class_and_device(have, Budget(fill=120, cell=20))[0, 1, 1] == 20
+    assert sharing.class_and_device(have, Budget(fill=120, cell=20, worth=10))[0, 1, 1] == 20
 
 
 def test_device_only_fills_devices_in_the_others_mix_of_classes():
     have = np.array([[[100, 0], [300, 0]], [[0, 60], [0, 20]]])
-    want = sharing.device_only(have, Budget(fill=120))
+    want = sharing.device_only(have, Budget(fill=120, worth=10))
     np.testing.assert_allclose(want[0, :, 1], [120 * 60 / 80, 120 * 20 / 80])
     np.testing.assert_allclose(want[0, :, 0], [0, 0])
     np.testing.assert_allclose(want[1, :, 1], [0, 0])  # it lacks 40 of its own device, but nobody else has any

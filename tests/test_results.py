@@ -1,0 +1,75 @@
+"""The committed benchmark file: complete, in range, tuned as it says, and the README quotes nothing else."""
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from fedssg_helpers.experiment import METHODS
+
+ROOT = Path(__file__).resolve().parents[1]
+KEY = ["dataset", "setting", "method", "seed", "metric"]
+NAMED = {"fedavg", "fedavg+la", "balanced_sampling", "uniform_shuffle", "duplication", "oracle_real", "centralised", "fedssg"}
+
+
+@pytest.fixture(scope="module")
+def results() -> pd.DataFrame:
+    return pd.read_csv(ROOT / "data" / "results" / "accuracy.csv")
+
+
+def test_columns_and_no_line_twice(results):
+    assert list(results.columns) == [*KEY, "value"]
+    assert not results.duplicated(KEY).any() and results.value.notna().all()
+
+
+@pytest.mark.parametrize("setting", ["by_device", "ten_hospitals"])
+def test_five_seeds_of_every_named_method_on_real_devices(results, setting):
+    part = results[(results.dataset == "ham10000") & (results.setting == setting) & (results.metric == "balanced_accuracy")]
+    seeds = part.groupby("method").seed.apply(sorted)
+    assert all(seeds[name] == [0, 1, 2, 3, 4] for name in NAMED)
+    if setting == "by_device":
+        assert all(seeds[name] == [0, 1, 2, 3, 4] for name in METHODS)
+
+
+def test_scores_are_parts_and_costs_are_not_negative(results):
+    scores = results[results.metric.str.contains("recall|accuracy|macro_f1")]
+    assert scores.value.between(0, 1).all()
+    assert (results.value >= 0).all()
+
+
+def test_balanced_accuracy_is_the_mean_recall(results):
+    rows = results[(results.dataset == "ham10000") & (results.setting == "by_device")]
+    wide = rows.pivot(index=["method", "seed"], columns="metric", values="value")
+    classes = [name for name in wide if re.fullmatch(r"recall\[[^|]*\]", name)]
+    whole = wide.dropna(subset=classes)
+    assert len(whole) >= 5 * len(METHODS)
+    assert np.allclose(whole[classes].mean(axis=1), whole.balanced_accuracy, atol=1e-4)
+
+
+def test_settings_are_those_that_the_grid_chose(results):
+    grid = results[results.setting == "by_device_validation"]
+    scores = grid[grid.metric == "balanced_accuracy"].groupby("method").value.mean()
+    family = scores.groupby([name.split(":")[0] for name in scores.index])
+    assert set(family.groups) == set(METHODS) and family.size().min() >= 3
+    assert set(grid[grid.metric == "chosen"].method) == set(family.idxmax())
+    for name, winner in family.idxmax().items():
+        for field, value in (item.split("=") for item in winner.split(": ")[1].split(", ")):
+            method = METHODS[name]
+            assert getattr(method.budget if field == "worth" else method, field) == float(value), winner
+
+
+def test_readme_quotes_the_file(results):
+    """Each line of the README's table of results: a method, then mean and half-width of its interval."""
+    table = re.search(r"<!-- results -->(.*?)<!-- end -->", (ROOT / "README.md").read_text(), re.S)[1]
+    lines = re.findall(r"^\| `([^`]+)` \| ([.\d]+) ± ([.\d]+) \| ([.\d]+) ± ([.\d]+) \|", table, re.M)
+    assert len(lines) >= 8
+    for method, *quoted in lines:
+        said = []
+        for setting in ("by_device", "ten_hospitals"):
+            values = results[(results.dataset == "ham10000") & (results.setting == setting) & (results.method == method)
+                             & (results.metric == "balanced_accuracy")].value
+            said += [values.mean(), 2.776445 * values.std(ddof=1) / np.sqrt(len(values))]
+        assert np.allclose([float(number) for number in quoted], said, atol=6e-4), method
