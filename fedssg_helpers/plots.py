@@ -14,9 +14,15 @@ from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 COUNTS, RECALL = "viridis", "cividis"  # colour maps that survive grey print and colour-blindness
 _COLOURS = sns.color_palette("colorblind")
-METHOD_COLOURS = {name: _COLOURS[i] for name, i in
-                  {"fedavg": 7, "fedprox": 5, "balanced_sampling": 1, "fedavg+la": 0, "uniform_shuffle": 4,
-                   "fedssg_no_pretrain": 9, "fedssg": 3, "centralised": 2}.items()}
+# Related methods share a hue and differ in lightness (None: the palette's own).
+METHOD_COLOURS = {name: sns.set_hls_values(_COLOURS[hue], l=lightness) for name, (hue, lightness) in {
+    "local_only": (7, 0.3), "fedavg": (7, None),
+    "fedprox": (5, None), "scaffold": (5, 0.35), "fedavgm": (6, None),
+    "local_normalisation": (8, 0.18), "balanced_sampling": (1, None), "fedavg+la": (0, None),
+    "device_statistics": (8, None), "combined": (0, 0.17),
+    "duplication": (4, 0.42), "uniform_shuffle": (4, None), "synthetic_only": (7, 0.82),
+    "server_pretraining": (3, 0.72), "fedssg_no_pretrain": (9, None), "fedssg": (3, None),
+    "fedssg+combined": (3, 0.16), "oracle_real": (2, 0.2), "centralised": (2, None)}.items()}
 
 
 def theme() -> None:
@@ -135,7 +141,7 @@ def bars(axis, scores: dict, names, title: str = "", colours: dict = METHOD_COLO
     width, place = 0.8 / len(scores), np.arange(len(names))
     for i, (name, values) in enumerate(scores.items()):
         x = place + (i - (len(scores) - 1) / 2) * width
-        axis.bar(x, np.nan_to_num(values), width, color=colours[name], label=name)
+        axis.bar(x, np.nan_to_num(values), width, color=colours.get(name, "0.5"), label=name)
         for at, value in zip(x, values):
             axis.text(at, np.nan_to_num(value) + 0.01, "–" if np.isnan(value) else f"{value:.2f}", ha="center",
                       va="bottom", fontsize=8)

@@ -53,12 +53,12 @@ def test_settings_are_those_that_the_grid_chose(results):
     grid = results[results.setting == "by_device_validation"]
     scores = grid[grid.metric == "balanced_accuracy"].groupby("method").value.mean()
     family = scores.groupby([name.split(":")[0] for name in scores.index])
-    assert set(family.groups) == set(METHODS) and family.size().min() >= 3
-    assert set(grid[grid.metric == "chosen"].method) == set(family.idxmax())
-    for name, winner in family.idxmax().items():
+    chosen = {name.split(":")[0]: name for name in grid[grid.metric == "chosen"].method}
+    assert set(family.groups) == set(METHODS) == set(chosen) and family.size().min() >= 4
+    for name, winner in chosen.items():
+        assert scores[winner] >= family.max()[name] - 1e-4, name  # the file's numbers are rounded
         for field, value in (item.split("=") for item in winner.split(": ")[1].split(", ")):
-            method = METHODS[name]
-            assert getattr(method.budget if field == "worth" else method, field) == float(value), winner
+            assert getattr(METHODS[name], field) == float(value), winner
 
 
 def test_readme_quotes_the_file(results):
