@@ -10,7 +10,6 @@ CELL_TIMEOUT ?= 900
 A1 = $(BIN)/python -m fedssg_helpers run --only A1 --out out/results --resume -p seeds 5 \
 	-p results $(CURDIR)/data/results/accuracy.csv
 CORE = fedavg,balanced_sampling,fedavg+la,duplication,uniform_shuffle,fedssg,oracle_real,centralised
-MAIN = $(CORE),local_only,fedprox,scaffold,combined,server_pretraining,fedssg+combined
 
 .PHONY: help course test notebooks results lab doctor clean
 .NOTPARALLEL:
@@ -35,8 +34,8 @@ notebooks: $(READY)  ## run the committed notebooks again, in place
 results: $(READY)  ## run the benchmark (A1) again: data/results/accuracy.csv; hours, resumes
 	$(A1) --data ham10000 -p rounds 40 -p methods all -p tuning 15 -p ablations 3
 	$(A1) --data ham10000 -p rounds 40 -p methods $(CORE) -p hospitals 10
-	$(A1) --data dermamnist -p rounds 15 -p methods $(CORE)
-	$(A1) --data phantom -p rounds 15 -p methods $(MAIN)
+	$(A1) --data dermamnist -p rounds 15 -p methods $(CORE) -p tuning 15
+	$(A1) --data phantom -p rounds 15 -p methods $(CORE) -p tuning 15
 
 lab: $(READY)  ## open the lessons in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=notebooks
