@@ -30,8 +30,8 @@ test: $(READY)  ## unit tests, then every lesson cell by cell
 notebooks: $(READY)  ## run the committed notebooks again, in place
 	$(BIN)/python -m fedssg_helpers refresh $(ARGS)
 
-# The figures that README and lessons quote; hours, and it goes on where it was interrupted. Needs the real data sets.
-results: $(READY)  ## run the benchmark (A1) again: data/results/accuracy.csv; hours, resumes
+# The figures that README and lessons quote; long, and it goes on where it was interrupted. Needs the real data sets.
+results: $(READY)  ## run the benchmark (A1) again: data/results/accuracy.csv; long, resumes
 	$(A1) --data ham10000 -p rounds 40 -p methods all -p tuning 15 -p ablations 3
 	$(A1) --data ham10000 -p rounds 40 -p methods $(CORE) -p hospitals 10
 	$(A1) --data dermamnist -p rounds 15 -p methods $(CORE) -p tuning 15
