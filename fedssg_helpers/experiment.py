@@ -2,7 +2,7 @@
 
 A finished run is a small ``.npz`` (arrays and JSON text, no pickle) named by a digest of everything it depends on:
 the job, the data and the helpers' own source. So lessons find what an earlier lesson computed, an interrupted
-comparison goes on where it stopped, and a changed line of code never meets an old result.
+comparison goes on where it stopped, in the very round, and a changed line of code never meets an old result.
 """
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ import hashlib
 import json
 import multiprocessing
 import os
+import zipfile
+import zlib
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from tqdm.auto import tqdm
 
 from . import data as sources
@@ -138,20 +141,44 @@ def cache_file(job: Job, out: Path) -> Path:
     return out / "cache" / f"{name}-{job.seed}-{hashlib.sha256(key.encode()).hexdigest()[:16]}.npz"
 
 
-def save(run: Run, file: Path) -> None:
-    """Write a run atomically: a reader sees all of it or nothing."""
+def save(run: Run, file: Path, key: str = "") -> None:
+    """Write a run atomically, plain arrays only: a reader sees all of it or nothing. `key` says whose run it is."""
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(f".{os.getpid()}.part")
-    with part.open("wb") as stream:
-        np.savez_compressed(stream, weights=run.weights, rounds=run.rounds, confusions=run.confusions,
-                            costs=np.array(json.dumps(run.costs)))
-    os.replace(part, file)
+    arrays = {name: getattr(run, name) for name in ("weights", "rounds", "confusions", "took_part")}
+    arrays |= {f"memory {name}": tensor.cpu().numpy() for name, tensor in run.memory.items()}
+    arrays |= {"costs": np.array(json.dumps(run.costs)), "missed": np.array(json.dumps(run.missed)), "key": np.array(key)}
+    try:
+        with part.open("wb") as stream:
+            np.savez(stream, **arrays)
+        os.replace(part, file)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise ValueError(f"cannot write {file}: {error.strerror or error}. Free space there, or choose another folder; "
+                         "what was saved before is still there") from error
 
 
-def restore(file: Path) -> Run:
-    """Read what `save` wrote."""
-    with np.load(file, allow_pickle=False) as z:
-        return Run(z["weights"], z["rounds"], z["confusions"], json.loads(str(z["costs"])))
+def restore(file: Path, key: str = "") -> Run:
+    """Read what `save` wrote.
+
+    Raises
+    ------
+    ValueError
+        The file is damaged, or belongs to a run with another `key`.
+    """
+    try:
+        with np.load(file, allow_pickle=False) as z:
+            memory = {name[7:]: torch.from_numpy(z[name]) for name in z.files if name.startswith("memory ")}
+            missed = [tuple(entry) for entry in json.loads(str(z["missed"]))]
+            run = Run(z["weights"], z["rounds"], z["confusions"], json.loads(str(z["costs"])), z["took_part"], missed, memory)
+            found = str(z["key"])
+    except (OSError, KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}); delete it, and its run is made "
+                         "again") from error
+    if found != key:
+        raise ValueError(f"{file} belongs to another run (other parameters, data or helpers); delete it, or choose "
+                         "another folder")
+    return run
 
 
 def execute(job: Job, out: Path, tick=lambda: None) -> Run:
@@ -159,12 +186,26 @@ def execute(job: Job, out: Path, tick=lambda: None) -> Run:
     file = cache_file(job, out)
     if not file.exists():
         _compute(job, file, tick)
-    return restore(file)
+    return restore(file, file.stem)
 
 
-def _compute(job: Job, file: Path, tick) -> None:
-    save(rounds.run(hospitals_of(job), recipe(job), job.seed, rounds=job.rounds,
-                    after_round=lambda r, run: tick()), file)
+def _compute(job: Job, file: Path, tick=lambda: None, workers: int = 1) -> None:
+    """Make a run and save it; on the way its state after each round, so that one which was killed goes on from there."""
+    state = file.with_suffix(".state.npz")
+
+    def after_round(r: int, run: Run) -> None:
+        save(run, state, file.stem)
+        if r:
+            tick()
+
+    go_on = restore(state, file.stem) if state.exists() else None
+    for _ in range(len(go_on.took_part) if go_on else 0):
+        tick()
+    run = rounds.run(hospitals_of(job), recipe(job), job.seed, rounds=job.rounds, workers=workers, go_on=go_on,
+                     after_round=after_round)
+    run.memory = {}
+    save(run, file, file.stem)
+    state.unlink(missing_ok=True)
 
 
 def _start(counter) -> None:
@@ -184,7 +225,8 @@ def _work(job: Job, file: Path) -> None:
 def run_many(jobs: list[Job], out: str = "", workers: int = 2) -> list[Run]:
     """All jobs, in parallel processes, with one progress bar over their rounds.
 
-    Each run is computed by one process on one thread, so results do not depend on `workers`.
+    Each run is computed by one process, on one thread; a single one in this process, its hospitals on `workers`
+    threads. Results do not depend on `workers`.
 
     Parameters
     ----------
@@ -206,8 +248,8 @@ def run_many(jobs: list[Job], out: str = "", workers: int = 2) -> list[Run]:
     todo = [job for job, file in files.items() if not file.exists()]
     with tqdm(total=sum(job.rounds for job in todo), unit="round", leave=False, disable=not todo) as bar:
         if workers == 1 or len(todo) == 1:
-            for job in todo:
-                _compute(job, files[job], bar.update)
+            for job in todo:  # in this process, with hospitals side by side
+                _compute(job, files[job], bar.update, workers)
         elif todo:
             context = multiprocessing.get_context("spawn")
             counter = context.Value("i", 0)
@@ -222,7 +264,7 @@ def run_many(jobs: list[Job], out: str = "", workers: int = 2) -> list[Run]:
                 except BaseException:
                     pool.shutdown(cancel_futures=True)
                     raise
-    return [restore(files[job]) for job in jobs]
+    return [restore(files[job], files[job].stem) for job in jobs]
 
 
 def table(jobs: list[Job], runs: list[Run], target: str = "fedavg+la", fine: bool = False) -> pd.DataFrame:

@@ -26,17 +26,20 @@ class SmallCNN(nn.Module):
         Number of classes, at least 2.
     seed : int
         Names the initial weights; equal seeds give equal weights.
+    device : str
+        Where to compute, a PyTorch device; the initial weights are drawn on the CPU and the same everywhere.
     """
 
-    def __init__(self, channels: int, classes: int, seed: int = 0):
+    def __init__(self, channels: int, classes: int, seed: int = 0, device: str = "cpu"):
         super().__init__()
         layers, before = [], channels
         for width in WIDTHS:
-            layers += [nn.Conv2d(before, width, 3, stride=2, padding=1, bias=False), nn.GroupNorm(8, width), nn.ReLU()]
+            layers += [nn.Conv2d(before, width, 3, stride=2, padding=1, bias=False), nn.GroupNorm(8, width), nn.ReLU(inplace=True)]
             before = width
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(before, classes)
         self._initialise(torch_rng(seed, "initial weights"))
+        self.to(device)
         self._flatten()
 
     def _initialise(self, generator: torch.Generator) -> None:
@@ -102,5 +105,6 @@ def orientations(images: torch.Tensor) -> list[int]:
 
 @torch.no_grad()
 def predict(net: nn.Module, images: torch.Tensor, batch: int = 512) -> torch.Tensor:
-    """Most likely class (N,), int64, of uint8 images (N, C, H, W)."""
-    return torch.cat([net(part).argmax(1) for part in images.split(batch)])
+    """Most likely class (N,), int64, of uint8 images (N, C, H, W), computed where the network is."""
+    place = next(net.parameters()).device
+    return torch.cat([net(part.to(place)).argmax(1).cpu() for part in images.split(batch)])

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, replace
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from itertools import chain
+from queue import SimpleQueue
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-from . import metrics, sharing
+from . import checks, metrics, sharing
 from .keys import rng
 from .models import SmallCNN, normalise, orientations, predict, scale, turn
 from .partition import Client, Federation
@@ -70,6 +74,9 @@ class Method:
         Let `share` fall to 0 over the rounds, linearly.
     refresh : bool
         Half-way, replace what was dealt by newly drawn samples.
+    aggregate : str
+        How the server joins updates: "mean" (FedAvg); against faulty or hostile hospitals "median" or "clip", see
+        `median` and `clipped`.
     trained_at : str
         "hospitals"; or one place with all gradient steps: "centre", which holds every image (the bound that sharing
         nothing has to be judged by), "pool", the server with nothing but the pool (as in FedCVAE-Ens).
@@ -94,6 +101,7 @@ class Method:
     share: float = 0.0
     decay: bool = False
     refresh: bool = False
+    aggregate: str = "mean"
     trained_at: str = "hospitals"
 
     def __post_init__(self):
@@ -104,6 +112,7 @@ class Method:
                 ("drop", 0 <= self.drop < 1, "in 0..1, without 1"), ("share", 0 <= self.share <= 1, "in 0..1"),
                 ("temperature", self.temperature >= 0, "0 or above"),
                 ("at_home", self.at_home in ("", "norm", "all"), "'', 'norm' or 'all'"),
+                ("aggregate", self.aggregate in ("mean", "median", "clip"), "'mean', 'median' or 'clip'"),
                 ("content", self.content in ("synthetic", "real", "copies"), "'synthetic', 'real' or 'copies'"),
                 ("trained_at", self.trained_at in ("hospitals", "centre", "pool"), "'hospitals', 'centre' or 'pool'")):
             if not good:
@@ -154,8 +163,9 @@ def log_prior(labels: torch.Tensor, classes: int, chance: np.ndarray | None = No
 
 def train_local(net: SmallCNN, start: torch.Tensor, images: torch.Tensor, labels: torch.Tensor, *, steps: int,
                 lr: float, random: np.random.Generator, method: Method = Method(), own: int = 0, share: float = 0.0,
-                correction: torch.Tensor | None = None, styles: torch.Tensor | None = None, batch: int = 32,
-                momentum: float = 0.9, decay: float = 5e-4) -> torch.Tensor:
+                correction: torch.Tensor | None = None, styles: torch.Tensor | None = None,
+                turns: list[int] | None = None, batch: int = 32, momentum: float = 0.9,
+                decay: float = 5e-4) -> torch.Tensor:
     """Local training: `steps` of SGD with momentum from the weights `start`.
 
     Parameters
@@ -178,6 +188,8 @@ def train_local(net: SmallCNN, start: torch.Tensor, images: torch.Tensor, labels
         Added to every gradient (SCAFFOLD).
     styles : float32 tensor (D, 2, C), optional
         Devices' styles, see `sharing.styles`: each image is normalised with a random one.
+    turns : list of int, optional
+        The `models.orientations` of the images, where they are known already.
 
     Returns
     -------
@@ -197,13 +209,14 @@ def train_local(net: SmallCNN, start: torch.Tensor, images: torch.Tensor, labels
     net.train()
     net.weights.copy_(start)
     speed = torch.zeros_like(start)
-    chance = draw_chances(labels, method.balanced, own, share)
-    offset = log_prior(labels, net.head.out_features, chance) if method.logit_adjustment else 0.0
-    size, turns = min(batch, len(labels)), orientations(images)
+    chance = draw_chances(labels.cpu(), method.balanced, own, share)
+    offset = log_prior(labels.cpu(), net.head.out_features, chance).to(start.device) if method.logit_adjustment else 0.0
+    size, turns = min(batch, len(labels)), turns or orientations(images)
     for rows in batches(len(labels), steps, size, random, chance):
+        rows = rows.to(images.device)
         x = turn(scale(images[rows]), turns[int(random.integers(len(turns)))])
         if styles is not None:
-            x = normalise(x, styles[torch.from_numpy(random.integers(len(styles), size=len(x)))])
+            x = normalise(x, styles[torch.from_numpy(random.integers(len(styles), size=len(x))).to(styles.device)])
         net.grad.zero_()
         F.cross_entropy(net(x) + offset, labels[rows]).backward()
         if method.mu:
@@ -226,13 +239,15 @@ def steps_of(client: Client, batch: int = 32, epochs: int = 1) -> int:
     return epochs * math.ceil(len(client) / batch)
 
 
-def average(updates) -> torch.Tensor:
+def average(updates, start: torch.Tensor | None = None) -> torch.Tensor:
     """FedAvg's aggregate: the mean of clients' weights (P,), each weighted by its number of real images.
 
     Parameters
     ----------
     updates : iterable of (float32 tensor (P,), int)
         Weights and number of images of each client; summed as they arrive, so memory stays flat.
+    start : float32 tensor (P,)
+        What the round started from; the mean does not ask.
 
     Raises
     ------
@@ -250,12 +265,29 @@ def average(updates) -> torch.Tensor:
     return (total / images).float()
 
 
+def median(updates, start: torch.Tensor | None = None) -> torch.Tensor:
+    """In place of `average`: of each weight the median over clients, all alike (Yin et al. 2018, arXiv 1803.01498).
+
+    Less than half of the clients cannot move it far; but clients that are few of their kind count for nothing.
+    """
+    return torch.stack([weights for weights, _ in updates]).quantile(0.5, 0)
+
+
+def clipped(updates, start: torch.Tensor) -> torch.Tensor:
+    """In place of `average`: steps longer than the median step are shortened to it (norm clipping, Sun et al. 2019,
+    arXiv 1911.07963), then averaged."""
+    updates = list(updates)
+    length = torch.stack([(weights - start).norm() for weights, _ in updates])
+    keep = (length.quantile(0.5) / length.clamp(min=1e-12)).clamp(max=1)
+    return average((start + part * (weights - start), number) for part, (weights, number) in zip(keep, updates))
+
+
 def pretrain(net: SmallCNN, pool: sharing.Pool, steps: int, seed: int, lr: float = 0.05, *,
              styles: torch.Tensor | None = None) -> torch.Tensor:
     """The server's own training of the first global weights (P,) on the pool: no image, no client step."""
-    weights = net.weights.clone()
+    weights, (images, labels) = net.weights.clone(), (part.to(net.weights.device) for part in (pool.images, pool.labels))
     for part, rate in enumerate((lr, lr, 0.4 * lr, 0.1 * lr)):
-        weights = train_local(net, weights, pool.images, pool.labels, steps=steps // 4, lr=rate, batch=64,
+        weights = train_local(net, weights, images, labels, steps=steps // 4, lr=rate, batch=64,
                               random=rng(seed, "pretrain", round=part), method=Method(balanced=True), styles=styles)
     return weights
 
@@ -265,8 +297,8 @@ def convincing(net: SmallCNN, weights: torch.Tensor, pool: sharing.Pool, drop: f
                styles: torch.Tensor | None = None) -> torch.Tensor:
     """Which samples to deal, bool (M,): all of each class but the part `drop` that the model finds least like it."""
     net.weights.copy_(weights)
-    x = pool.images if styles is None else normalise(scale(pool.images), styles[pool.device])
-    logits = torch.cat([net(part) for part in x.split(512)])
+    x = pool.images if styles is None else normalise(scale(pool.images), styles.cpu()[pool.device])
+    logits = torch.cat([net(part.to(weights.device)).cpu() for part in x.split(512)])
     belief = logits.log_softmax(1)[torch.arange(len(pool)), pool.labels]
     least = torch.stack([belief[pool.labels == c].quantile(drop) if (pool.labels == c).any() else belief.new_zeros(())
                          for c in range(logits.shape[1])])
@@ -275,12 +307,12 @@ def convincing(net: SmallCNN, weights: torch.Tensor, pool: sharing.Pool, drop: f
 
 @dataclass
 class Run:
-    """What a run leaves behind.
+    """What a run leaves behind, and all that it needs to go on.
 
     Attributes
     ----------
     weights : float32 array (P,)
-        The final global weights.
+        The global weights.
     rounds : int64 array (E,)
         After which rounds the global model was tested: 0 (the start, so what server pre-training alone gives),
         about twenty in between, and the last one, which is the result.
@@ -289,136 +321,362 @@ class Run:
     costs : dict
         train_seconds, generator_seconds (all clients together), server_seconds; bytes_up, bytes_down (weights and
         samples, all clients and rounds), bytes_samples_up, bytes_samples_down.
+    took_part : bool array (R, K)
+        Whose weights were averaged, for each of the R rounds so far.
+    missed : list of (int, int, str)
+        Round (from 1; 0: sharing), hospital and reason of everything that did not arrive or was refused.
+    memory : dict of float32 tensors
+        What the next round needs: the ``weights`` and those of round 0 (``start``), the server's momentum (``speed``),
+        and where the method has them, hospitals' own weights (``own``) and SCAFFOLD's ``control`` and ``controls``.
     """
 
     weights: np.ndarray
     rounds: np.ndarray
     confusions: np.ndarray
     costs: dict[str, float]
+    took_part: np.ndarray
+    missed: list[tuple[int, int, str]] = field(default_factory=list)
+    memory: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def exchange(clients: list[Client], federation: Federation, method: Method, seed: int, draw: int = 0):
+class Stop(Exception):
+    """Raised by ``after_round`` to end a run early; what was reached by then is its result."""
+
+
+@dataclass(frozen=True)
+class Faults:
+    """Chances, per hospital and round, 0..1, that its update does not count.
+
+    Attributes
+    ----------
+    drop : float
+        The hospital is not there: it gets no weights and sends none.
+    die : float
+        It gets the weights and is lost in mid-round.
+    late : float
+        Its update arrives when the round is over, and is not used any more.
+    """
+
+    drop: float = 0.0
+    die: float = 0.0
+    late: float = 0.0
+
+    def __post_init__(self):
+        if min(self.drop, self.die, self.late) < 0 or self.drop + self.die + self.late > 1:
+            raise ValueError(f"the chances of faults are drop {self.drop}, die {self.die}, late {self.late}; each must "
+                             "be 0 or more, and their sum at most 1")
+
+    def of(self, seed: int, k: int, r: int) -> str:
+        """What befalls hospital k in round r; "" for nothing. Keyed: the same in every run of this seed."""
+        if not self.drop + self.die + self.late:
+            return ""
+        at = rng(seed, "fault", k, r).random()
+        return ("dropped out" if at < self.drop else "died in the round" if at < self.drop + self.die else
+                "came late" if at < self.drop + self.die + self.late else "")
+
+
+@dataclass(frozen=True)
+class Place:
+    """What is trained on at one place: its images, and behind them what it received.
+
+    Attributes
+    ----------
+    images : uint8 tensor (N, C, H, W)
+    labels : int64 tensor (N,)
+    own : int
+        The first `own` images are its real ones: they alone count in the steps and in the average.
+    steps : int
+        Gradient steps per round.
+    turns : list of int
+        The images' `models.orientations`.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor
+    own: int
+    steps: int
+    turns: list[int]
+
+
+def exchange(clients: list[Client], federation: Federation, method: Method, seed: int, draw: int = 0, tamper=None):
     """What a method's sharing leaves behind: a `sharing.Shared`, or None where nothing is uploaded."""
     if not method.sharing or method.content == "copies":
         return None
     return sharing.share(clients, federation, method.sharing, seed, budget=method.budget, draw=draw,
-                         real=method.content == "real", restyled=method.restyled, temperature=method.temperature)
+                         real=method.content == "real", restyled=method.restyled, temperature=method.temperature,
+                         **({"tamper": tamper} if tamper else {}))
 
 
-def holdings(clients: list[Client], federation: Federation, method: Method, seed: int,
-             shared: sharing.Shared | None, keep: torch.Tensor | None = None) -> list[tuple]:
-    """What is trained on where: (images, labels, number of own real images, steps per round) of each place.
+def places_of(clients: list[Client], federation: Federation, method: Method, seed: int, shared: sharing.Shared | None,
+              keep: torch.Tensor | None = None, *, epochs: int = 1, device: str = "cpu") -> list[Place]:
+    """What is trained on where.
 
     Hospitals train on their own images and, behind them, what they receive (of the pool, the rows in `keep`). The
-    steps count real images only, so that no method gets more of them.
+    steps are `epochs` passes over real images only, so that no method gets more of them.
     """
     if method.trained_at != "hospitals":
-        steps, at = steps_of(Client.joined(clients)), Client.joined(clients)
-        images, labels = (at.images, at.labels) if method.trained_at == "centre" else (shared.pool.images, shared.pool.labels)
-        return [(images, labels, len(labels), steps)]
+        at = Client.joined(clients)
+        if method.trained_at == "pool":
+            images, labels = shared.pool.images, shared.pool.labels
+        else:
+            images, labels = at.images, at.labels
+        return [Place(images.to(device), labels.to(device), len(labels), steps_of(at, epochs=epochs),
+                      orientations(images))]
     places = []
     if method.content == "copies":
-        want = sharing.plan(sharing.reports(clients, len(federation.classes), len(federation.devices)), method.sharing,
-                            method.budget).want
+        have = sharing.reports(clients, len(federation.classes), len(federation.devices))
+        want = sharing.plan(have, method.sharing, method.budget).want
     for k, c in enumerate(clients):
-        more = []
+        images, labels = c.images, c.labels
         if method.content == "copies":
             rows = sharing.copies(c.labels, want[k], rng(seed, "copies", k))
-            more = [(c.images[rows], c.labels[rows])]
+            images, labels = torch.cat([images, c.images[rows]]), torch.cat([labels, c.labels[rows]])
         elif shared and method.deal:
             rows = shared.rows[k] if keep is None else shared.rows[k][keep[shared.rows[k]]]
-            more = [(shared.pool.images[rows], shared.pool.labels[rows])]
-        images, labels = (torch.cat(part) for part in zip((c.images, c.labels), *more))
-        places.append((images, labels, len(c), steps_of(c)))
+            images = torch.cat([images, shared.pool.images[rows]])
+            labels = torch.cat([labels, shared.pool.labels[rows]])
+        places.append(Place(images.to(device), labels.to(device), len(c), steps_of(c, epochs=epochs),
+                            orientations(images)))
     return places
 
 
-def run(federation: Federation, method: Method, seed: int, *, rounds: int, after_round=lambda r, run: None) -> Run:
+def learning_rate(method: Method, r: int, rounds: int) -> float:
+    """Local learning rate of round r = 0, 1, ...: from ``method.lr`` down to 0, along a half cosine."""
+    return method.lr * 0.5 * (1 + math.cos(math.pi * r / rounds))
+
+
+def local_update(net: SmallCNN, place: Place, start: torch.Tensor, k: int, r: int, *, rounds: int, seed: int,
+                 method: Method = Method(), correction: torch.Tensor | None = None,
+                 styles: torch.Tensor | None = None) -> torch.Tensor:
+    """What hospital k does in round r = 0, 1, ...: `train_local` on its place, from the weights `start` (P,).
+
+    Its draws are keyed by hospital and round, so it does not matter where and in which order hospitals compute.
+    """
+    share = method.share * (1 - r / rounds if method.decay else 1)
+    return train_local(net, start, place.images, place.labels, steps=place.steps, lr=learning_rate(method, r, rounds),
+                       method=method, own=place.own, share=share, correction=correction, styles=styles,
+                       turns=place.turns, random=rng(seed, "local training", k, r))
+
+
+def side_by_side(work, items, nets: list[SmallCNN]):
+    """Yield ``work(net, item)`` of each item, in their order, on as many threads as there are networks.
+
+    Threads, as PyTorch lets go of Python's lock while it computes: nothing is copied, nothing has to start up, and at
+    most a few results wait at a time. Each item has a network to itself, so results do not depend on their number.
+    """
+    if len(nets) == 1:
+        yield from (work(nets[0], item) for item in items)
+        return
+    free, waiting = SimpleQueue(), deque()
+    for net in nets:
+        free.put(net)
+
+    def with_a_net(item):
+        net = free.get()
+        try:
+            return work(net, item)
+        finally:
+            free.put(net)
+
+    with ThreadPoolExecutor(len(nets)) as threads:
+        for item in items:
+            waiting.append(threads.submit(with_a_net, item))
+            if len(waiting) > 2 * len(nets):
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What stays the same over the rounds of a run: who trains on what, and how. ``kept`` (P,), bool, are the weights
+    that never leave their hospital; of ``nets`` there is one per worker."""
+
+    federation: Federation
+    method: Method
+    seed: int
+    rounds: int
+    nets: list[SmallCNN]
+    places: list[Place]
+    styles: torch.Tensor | None
+    kept: torch.Tensor
+
+
+def run(federation: Federation, method: Method, seed: int, *, rounds: int, epochs: int = 1, workers: int = 1,
+        after_round=lambda r, run: None, go_on: Run | None = None, faults: Faults = Faults(), tamper=None,
+        tamper_samples=None, device: str = "cpu") -> Run:
     """One federated training: share once, pre-train once, then `rounds` of local training and averaging.
 
     Parameters
     ----------
     rounds : int, >= 1
-    after_round : callable (round number from 1, Run so far)
-        Called after every round, for progress bars.
+    epochs : int, >= 1
+        Passes over its real images that a hospital makes in a round.
+    workers : int, >= 1
+        Hospitals that train side by side, on a thread each; the result is the same to the last bit.
+    after_round : callable (round number, Run so far)
+        Called before the first round, with 0, and after every round: for progress bars and checkpoints. May raise
+        `Stop`.
+    go_on : Run, optional
+        The same run as it was after some round, to go on from there, bit for bit. What was shared is made again.
+    faults : Faults
+        How often hospitals drop out.
+    tamper, tamper_samples : callable, optional
+        What a faulty or hostile hospital sends in place of its own: ``tamper(k, r, weights)`` gives weights, with
+        rounds from 0; for the samples see `sharing.share`. For lessons and tests.
+    device : str
+        Where to compute: a PyTorch device such as "cuda"; not an imaging device.
 
     Raises
     ------
     ValueError
-        `rounds` out of range, a client without images, or weights that are not finite (see `average`).
+        `rounds`, `epochs` or `workers` out of range, a client without images, a `go_on` of another run, or a round in
+        which every update was refused (as when training diverges).
     """
-    if rounds < 1:
-        raise ValueError(f"rounds is {rounds}; at least 1 round is needed")
+    for name, number in (("rounds", rounds), ("epochs", epochs), ("workers", workers)):
+        if number < 1:
+            raise ValueError(f"{name} is {number}; at least 1 is needed")
     clients = federation.clients
     empty = [k for k, client in enumerate(clients) if len(client) == 0]
     if empty:
         raise ValueError(f"hospital {empty[0]} has no images; leave it out of the federation")
-    net = SmallCNN(federation.test.images.shape[1], len(federation.classes), seed)
-    weights = net.weights.clone()
+    nets = [SmallCNN(federation.test.images.shape[1], len(federation.classes), seed, device) for _ in range(workers)]
+    start = nets[0].weights.clone()
+    styles = sharing.styles(clients, len(federation.devices)).to(device) if method.device_statistics else None
+
+    half, done = rounds // 2, 0 if go_on is None else len(go_on.took_part)
+    redrawn = method.refresh and done > half
+    shared, keep = exchange(clients, federation, method, seed, int(redrawn), tamper_samples), None
+    began = time.perf_counter()
+    if go_on is not None:
+        start = go_on.memory["start"]
+    elif shared and method.pretrain_steps and len(shared.pool):  # a hospital that is alone has nobody to share with
+        start = pretrain(nets[0], shared.pool, method.pretrain_steps, seed, styles=styles)
+    if shared and method.drop and len(shared.pool) and not redrawn:
+        keep = convincing(nets[0], start, shared.pool, method.drop, styles)
+    server_seconds = time.perf_counter() - began
+
+    def setup() -> Setup:
+        places = places_of(clients, federation, method, seed, shared, keep, epochs=epochs, device=device)
+        return Setup(federation, method, seed, rounds, nets, places, styles, _kept(nets[0], method))
+
+    now = setup()
+    so_far = go_on or _before_the_first_round(now, start, shared, server_seconds)
+    if done > rounds or so_far.memory["weights"].shape != start.shape or so_far.took_part.shape[1] != len(now.places):
+        raise ValueError(f"the run to go on from has {done} rounds of {so_far.took_part.shape[1]} hospitals and "
+                         f"{len(so_far.weights)} weights; it belongs to other parameters than this one")
+    try:
+        if not done:
+            after_round(0, so_far)
+        for r in range(done, rounds):
+            if method.refresh and shared and r == half:
+                shared, keep = exchange(clients, federation, method, seed, 1, tamper_samples), None
+                now = setup()
+                for name, value in shared.costs.items():
+                    so_far.costs[name] += value
+            one_round(now, so_far, faults, tamper)
+            if (rounds - 1 - r) % max(1, rounds // 20) == 0:
+                _test(now, so_far)
+            after_round(r + 1, so_far)
+    except Stop:
+        if so_far.rounds[-1] < len(so_far.took_part):
+            _test(now, so_far)
+    return so_far
+
+
+def _kept(net: SmallCNN, method: Method) -> torch.Tensor:
+    """Which weights (P,) stay at their hospital."""
+    every = torch.full_like(net.weights, method.at_home == "all", dtype=torch.bool)
+    return net.norms() if method.at_home == "norm" else every
+
+
+def _before_the_first_round(setup: Setup, start: torch.Tensor, shared: sharing.Shared | None, seconds: float) -> Run:
+    """A run of no rounds: the start, tested, and what sharing has cost."""
+    method, places = setup.method, setup.places
     costs = dict.fromkeys(("train_seconds", "generator_seconds", "server_seconds", "bytes_up", "bytes_down",
                            "bytes_samples_up", "bytes_samples_down"), 0.0)
-    styles = sharing.styles(clients, len(federation.devices)) if method.device_statistics else None
-
-    shared, keep = exchange(clients, federation, method, seed), None
     if shared:
         costs.update(shared.costs)
-        began = time.perf_counter()
-        if method.pretrain_steps and len(shared.pool):  # a hospital that is alone has nobody to share with
-            weights = pretrain(net, shared.pool, method.pretrain_steps, seed, styles=styles)
-        if method.drop and len(shared.pool):
-            keep = convincing(net, weights, shared.pool, method.drop, styles)
-        costs["server_seconds"] = time.perf_counter() - began
-    places = holdings(clients, federation, method, seed, shared, keep)
-    if shared and (method.drop or not method.deal or method.trained_at == "pool"):  # not all of it is dealt
-        costs["bytes_down"] = costs["bytes_samples_down"] = sum(sharing.size_of(images[own:])
-                                                                for images, _, own, _ in places)
+        costs["server_seconds"] = seconds
+        if method.drop or not method.deal or method.trained_at == "pool":  # not all of it is dealt
+            down = sum(sharing.size_of(place.images[place.own:].cpu()) for place in places)
+            costs["bytes_down"] = costs["bytes_samples_down"] = down
+    memory = {"start": start, "weights": start, "speed": torch.zeros_like(start)}
+    if method.at_home:
+        memory["own"] = start.repeat(len(places), 1)
+    if method.scaffold:
+        memory |= {"control": torch.zeros_like(start), "controls": torch.zeros_like(start).repeat(len(places), 1)}
+    shape = (0, len(setup.federation.devices), len(setup.federation.classes), len(setup.federation.classes))
+    run = Run(start.cpu().numpy(), np.empty(0, np.int64), np.empty(shape, np.int64), costs,
+              np.empty((0, len(places)), bool), [], memory)
+    run.missed += [(0, k, why) for k, why in getattr(shared, "refused", {}).items()] if shared else []
+    _test(setup, run)
+    return run
 
-    kept = {"": torch.zeros(len(weights), dtype=torch.bool), "norm": net.norms(),
-            "all": torch.ones(len(weights), dtype=torch.bool)}[method.at_home]  # which weights stay at their hospital
-    own_weights = [weights] * len(places)
-    control, controls = torch.zeros_like(weights), [torch.zeros_like(weights)] * len(places)  # of SCAFFOLD
-    speed = torch.zeros_like(weights)  # of FedAvgM
-    sent = 4 * int((~kept).sum()) * len(places) * (method.trained_at == "hospitals") * (2 if method.scaffold else 1)
-    tested = [(0, evaluate(net, weights, federation, styles))]
-    result = Run(weights.numpy(), np.array([0]), tested[0][1][None], costs)
-    for r in range(rounds):
-        if method.refresh and shared and r == rounds // 2:
-            shared = exchange(clients, federation, method, seed, draw=1)
-            places = holdings(clients, federation, method, seed, shared)
-            for name, value in shared.costs.items():
-                costs[name] += value
-        rate = method.lr * 0.5 * (1 + math.cos(math.pi * r / rounds))
-        share = method.share * (1 - r / rounds if method.decay else 1)
 
-        def updates():
-            for k, (images, labels, own, steps) in enumerate(places):
-                start = torch.where(kept, own_weights[k], weights) if method.at_home else weights
-                correction = control - controls[k] if method.scaffold else None
-                update = train_local(net, start, images, labels, steps=steps, lr=rate, method=method, own=own,
-                                     share=share, correction=correction, styles=styles,
-                                     random=rng(seed, "local training", k, r))
-                if method.at_home:
-                    own_weights[k] = update
-                if method.scaffold:
-                    controls[k] = (start - update) / travel(steps, rate) - correction
-                yield update, own
+def one_round(setup: Setup, run: Run, faults: Faults = Faults(), tamper=None) -> None:
+    """The next round of a run, in place: every hospital trains, the server checks what comes and aggregates it."""
+    method, places, memory, r = setup.method, setup.places, run.memory, len(run.took_part)
+    weights, rate = memory["weights"], learning_rate(method, r, setup.rounds)
+    fate = [faults.of(setup.seed, k, r) for k in range(len(places))]
+    run.missed += [(r + 1, k, why) for k, why in enumerate(fate) if why]
+    here = [k for k, why in enumerate(fate) if not why]
+    took_part = np.zeros(len(places), bool)
 
-        began = time.perf_counter()
-        mean = average(updates())
-        costs["train_seconds"] += time.perf_counter() - began
-        control = sum(controls) / len(controls) if method.scaffold else control
-        speed = method.server_momentum * speed + (weights - mean)
-        weights = weights - speed if method.server_momentum else mean
-        costs["bytes_up"] += sent
-        costs["bytes_down"] += sent
-        if (rounds - 1 - r) % max(1, rounds // 20) == 0:
-            models = [torch.where(kept, own, weights) for own in own_weights] if method.at_home else weights
-            tested.append((r + 1, evaluate_at_home(net, models, federation, seed, styles) if method.at_home else
-                           evaluate(net, weights, federation, styles)))
-            result.rounds, result.confusions = (np.array(x) for x in zip(*tested))
-            result.weights = weights.numpy()
-        after_round(r + 1, result)
-    return result
+    def begins(k: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        start = torch.where(setup.kept, memory["own"][k], weights) if method.at_home else weights
+        return start, memory["control"] - memory["controls"][k] if method.scaffold else None
+
+    def update(net: SmallCNN, k: int) -> tuple[torch.Tensor, float]:
+        (start, correction), began = begins(k), time.perf_counter()
+        result = local_update(net, places[k], start, k, r, rounds=setup.rounds, seed=setup.seed, method=method,
+                              correction=correction, styles=setup.styles)
+        return result, time.perf_counter() - began
+
+    def arrived():
+        for k, (sent, seconds) in zip(here, side_by_side(update, here, setup.nets)):
+            run.costs["train_seconds"] += seconds
+            sent, images = tamper(k, r, sent) if tamper else sent, places[k].own
+            if why := checks.weights_refusal(sent, weights, images, images):
+                run.missed.append((r + 1, k, why))
+                continue
+            start, correction = begins(k)
+            if method.at_home:
+                memory["own"][k] = sent
+            if method.scaffold:
+                memory["controls"][k] = (start - sent) / travel(places[k].steps, rate) - correction
+            took_part[k] = True
+            yield sent, images
+
+    updates = arrived()
+    if (one := next(updates, None)) is not None:
+        aggregate = {"mean": average, "median": median, "clip": clipped}[method.aggregate]
+        mean = aggregate(chain([one], updates), weights)
+    elif here:
+        _, k, why = run.missed[-len(here)]
+        raise ValueError(f"every update of round {r + 1} was refused, that of hospital {k} because: {why}")
+    else:
+        mean = weights  # nobody was there: the model stays as it is
+    if method.scaffold:
+        memory["control"] = sum(memory["controls"]) / len(places)
+    memory["speed"] = method.server_momentum * memory["speed"] + (weights - mean)
+    memory["weights"] = weights - memory["speed"] if method.server_momentum else mean
+    run.weights, run.took_part = memory["weights"].cpu().numpy(), np.vstack([run.took_part, took_part])
+    sent = 4 * int((~setup.kept).sum()) * (2 if method.scaffold else 1) * (method.trained_at == "hospitals")
+    run.costs["bytes_up"] += sent * sum(why in ("", "came late") for why in fate)
+    run.costs["bytes_down"] += sent * sum(why != "dropped out" for why in fate)
+
+
+def _test(setup: Setup, run: Run) -> None:
+    """Test the global model (hospitals' own models, where they differ) as it is now."""
+    net, weights, own = setup.nets[0], run.memory["weights"], run.memory.get("own")
+    if own is None:
+        seen = evaluate(net, weights, setup.federation, setup.styles)
+    else:
+        models = [torch.where(setup.kept, mine, weights) for mine in own]
+        seen = evaluate_at_home(net, models, setup.federation, setup.seed, setup.styles)
+    run.rounds = np.append(run.rounds, len(run.took_part))
+    run.confusions = np.append(run.confusions, seen[None], axis=0)
 
 
 def evaluate(net: SmallCNN, weights: torch.Tensor, federation: Federation,
@@ -430,7 +688,7 @@ def evaluate(net: SmallCNN, weights: torch.Tensor, federation: Federation,
     net.eval()
     net.weights.copy_(weights)
     test = federation.test
-    images = test.images if styles is None else normalise(scale(test.images), styles[test.device])
+    images = test.images if styles is None else normalise(scale(test.images), styles.cpu()[test.device])
     return metrics.confusions(test.labels, predict(net, images), test.device, len(federation.classes),
                               len(federation.devices))
 

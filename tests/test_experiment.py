@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from fedssg_helpers import experiment, rounds
 from fedssg_helpers.experiment import Job
@@ -95,21 +96,51 @@ def test_an_error_in_a_worker_is_told_and_finished_runs_stay(jobs, tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+def small_run(value: float = 1.0) -> rounds.Run:
+    return rounds.Run(np.full(3, value, np.float32), np.arange(2), np.ones((2, 1, 2, 2), int), {"bytes_up": 5.0},
+                      np.array([[True, False]]), [(1, 1, "dropped out")], {"speed": torch.full((3,), value)})
+
+
 def test_save_is_atomic_and_without_pickle(tmp_path, monkeypatch):
-    run = rounds.Run(np.ones(3, np.float32), np.arange(2), np.ones((2, 1, 2, 2), int), {"bytes_up": 5.0})
-    file = tmp_path / "deep" / "run.npz"
+    run, file = small_run(), tmp_path / "deep" / "run.npz"
     experiment.save(run, file)
     assert [f.name for f in file.parent.iterdir()] == ["run.npz"]
     back = experiment.restore(file)
-    assert same(run, back) and back.costs == run.costs
-    monkeypatch.setattr(np, "savez_compressed", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
-    with pytest.raises(OSError, match="disk full"):
-        experiment.save(replace_weights(run), file)
-    assert same(experiment.restore(file), run)  # the old one is whole
+    assert same(run, back) and back.costs == run.costs and np.array_equal(back.took_part, run.took_part)
+    assert back.missed == run.missed and torch.equal(back.memory["speed"], run.memory["speed"])
+
+    def full(stream, **arrays):
+        stream.write(b"the first bytes")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "savez", full)
+    with pytest.raises(ValueError, match="run.npz: No space left.*Free space"):
+        experiment.save(small_run(2.0), file)
+    assert same(experiment.restore(file), run) and len(list(file.parent.iterdir())) == 1  # the old one is whole
 
 
-def replace_weights(run: rounds.Run) -> rounds.Run:
-    return rounds.Run(run.weights * 2, run.rounds, run.confusions, run.costs)
+def test_a_file_of_other_parameters_or_a_damaged_one_is_refused(tmp_path):
+    file = tmp_path / "run.npz"
+    experiment.save(small_run(), file, "one")
+    assert same(experiment.restore(file, "one"), small_run())
+    with pytest.raises(ValueError, match="run.npz belongs to another run"):
+        experiment.restore(file, "two")
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:200], whole[:len(whole) // 2] + b"x" * 40 + whole[len(whole) // 2 + 40:], b"no archive"):
+        file.write_bytes(damaged)
+        with pytest.raises(ValueError, match="run.npz is damaged.*delete it"):
+            experiment.restore(file, "one")
+
+
+def test_a_damaged_state_is_named_and_finished_runs_stay(jobs, tmp_path):
+    experiment.run_many(jobs[:1], str(tmp_path), workers=1)
+    state = experiment.cache_file(jobs[1], tmp_path).with_suffix(".state.npz")
+    state.write_bytes(b"half a file")
+    for workers in (1, 2):
+        with pytest.raises(ValueError, match="state.npz is damaged"):
+            experiment.run_many(jobs, str(tmp_path), workers=workers)
+    state.unlink()
+    experiment.run_many(jobs, str(tmp_path), workers=1)
 
 
 def test_table(jobs, tmp_path):

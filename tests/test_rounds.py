@@ -253,7 +253,7 @@ def test_what_a_run_leaves_behind():
     seen = []
     dealt = federation()
     run = rounds.run(dealt, Method(), 0, rounds=3, after_round=lambda r, so_far: seen.append((r, len(so_far.rounds))))
-    assert run.rounds.tolist() == [0, 1, 2, 3] and seen == [(1, 2), (2, 3), (3, 4)]
+    assert run.rounds.tolist() == [0, 1, 2, 3] and seen == [(0, 1), (1, 2), (2, 3), (3, 4)]
     assert run.confusions.shape == (4, 2, 3, 3) and (run.confusions.sum((1, 2, 3)) == len(dealt.test)).all()
     assert run.costs["bytes_up"] == run.costs["bytes_down"] == 3 * 3 * run.weights.nbytes
     assert run.costs["bytes_samples_up"] == run.costs["generator_seconds"] == 0 < run.costs["train_seconds"]
@@ -271,7 +271,7 @@ def test_sharing_is_counted_in_bytes():
 
 def test_received_samples_do_not_buy_weight_in_the_average(monkeypatch):
     counted, real = [], rounds.average
-    monkeypatch.setattr(rounds, "average", lambda sent: real([(w, counted.append(n) or n) for w, n in sent]))
+    monkeypatch.setattr(rounds, "average", lambda sent, start: real([(w, counted.append(n) or n) for w, n in sent]))
     dealt = federation()
     rounds.run(dealt, Method(sharing="class_and_device"), 0, rounds=1)
     assert counted == [len(c) for c in dealt.clients]
@@ -294,7 +294,7 @@ def test_a_hospital_that_is_alone_copes():
 
 
 def test_divergence_names_the_client():
-    with pytest.raises(ValueError, match="client 0"), np.errstate(all="ignore"):
+    with pytest.raises(ValueError, match="round 2 was refused, that of hospital 0"), np.errstate(all="ignore"):
         rounds.run(federation(), Method(mu=1e30), 0, rounds=3)
 
 
@@ -360,7 +360,7 @@ def test_server_momentum_is_its_formula():
     assert torch.allclose(*sent, atol=1e-6)  # no last step yet
     calls, real = [], rounds.average
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rounds, "average", lambda updates: calls.append(real(updates)) or calls[-1])
+        patch.setattr(rounds, "average", lambda updates, start: calls.append(real(updates)) or calls[-1])
         end = torch.from_numpy(rounds.run(dealt, Method(server_momentum=0.5), 0, rounds=2).weights)
     first = net.weights - calls[0]
     assert torch.allclose(end, calls[0] - (0.5 * first + calls[0] - calls[1]), atol=1e-6)
@@ -455,10 +455,10 @@ def test_the_oracle_deals_real_images_and_duplication_ones_own():
     for content in ("real", "copies"):
         method = replace(SHARE, content=content)
         shared = rounds.exchange(dealt.clients, dealt, method, 0)
-        for client, (images, labels, own, _) in zip(dealt.clients, rounds.holdings(dealt.clients, dealt, method, 0, shared)):
+        for client, place in zip(dealt.clients, rounds.places_of(dealt.clients, dealt, method, 0, shared)):
             mine = {bytes(image.numpy()) for image in client.images}
-            received = {bytes(image.numpy()) for image in images[own:]}
-            assert own == len(client) < len(images) == len(labels)
+            received = {bytes(image.numpy()) for image in place.images[place.own:]}
+            assert place.own == len(client) < len(place.images) == len(place.labels)
             assert received <= (mine if content == "copies" else everything - mine)
     assert rounds.run(dealt, replace(SHARE, content="copies"), 0, rounds=1).costs["bytes_samples_down"] == 0
 
