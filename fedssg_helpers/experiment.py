@@ -29,6 +29,8 @@ from .rounds import Method, Run
 
 # Modules that change no number of a run (of this one, what counts is in the job: the method's own fields).
 UNCOUNTED = ("experiment.py", "course.py", "pages.py", "__main__.py", "plots.py", "explore.py")
+# How worker processes start: never by a fork of this one, whose threads a copy would lack.
+START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 # Every method at the default learning rate; appendix A1 lets each choose its own on validation images.
 ADJUSTED = Method(logit_adjustment=True)
 FEDSSG = replace(ADJUSTED, sharing="class_and_device", pretrain_steps=600)
@@ -251,7 +253,9 @@ def run_many(jobs: list[Job], out: str = "", workers: int = 2) -> list[Run]:
             for job in todo:  # in this process, with hospitals side by side
                 _compute(job, files[job], bar.update, workers)
         elif todo:
-            context = multiprocessing.get_context("spawn")
+            context = multiprocessing.get_context(START)
+            if START == "forkserver":  # one clean process imports PyTorch, once; workers are its copies
+                context.set_forkserver_preload([__name__])
             counter = context.Value("i", 0)
             with ProcessPoolExecutor(min(workers, len(todo)), context, _start, (counter,)) as pool:
                 pending = {pool.submit(_work, job, files[job]) for job in todo}

@@ -282,6 +282,11 @@ def clipped(updates, start: torch.Tensor) -> torch.Tensor:
     return average((start + part * (weights - start), number) for part, (weights, number) in zip(keep, updates))
 
 
+def aggregate(method: Method, updates, start: torch.Tensor) -> torch.Tensor:
+    """The server's new weights (P,), by the method's own way: `average`, `median` or `clipped`."""
+    return {"mean": average, "median": median, "clip": clipped}[method.aggregate](updates, start)
+
+
 def pretrain(net: SmallCNN, pool: sharing.Pool, steps: int, seed: int, lr: float = 0.05, *,
              styles: torch.Tensor | None = None) -> torch.Tensor:
     """The server's own training of the first global weights (P,) on the pool: no image, no client step."""
@@ -522,7 +527,7 @@ def run(federation: Federation, method: Method, seed: int, *, rounds: int, epoch
     faults : Faults
         How often hospitals drop out.
     tamper, tamper_samples : callable, optional
-        What a faulty or hostile hospital sends in place of its own: ``tamper(k, r, weights)`` gives weights, with
+        What a faulty or hostile hospital sends: ``tamper(k, r, start, weights)`` gives weights in place of its own, with
         rounds from 0; for the samples see `sharing.share`. For lessons and tests.
     device : str
         Where to compute: a PyTorch device such as "cuda"; not an imaging device.
@@ -636,7 +641,7 @@ def one_round(setup: Setup, run: Run, faults: Faults = Faults(), tamper=None) ->
     def arrived():
         for k, (sent, seconds) in zip(here, side_by_side(update, here, setup.nets)):
             run.costs["train_seconds"] += seconds
-            sent, images = tamper(k, r, sent) if tamper else sent, places[k].own
+            sent, images = tamper(k, r, weights, sent) if tamper else sent, places[k].own
             if why := checks.weights_refusal(sent, weights, images, images):
                 run.missed.append((r + 1, k, why))
                 continue
@@ -650,8 +655,7 @@ def one_round(setup: Setup, run: Run, faults: Faults = Faults(), tamper=None) ->
 
     updates = arrived()
     if (one := next(updates, None)) is not None:
-        aggregate = {"mean": average, "median": median, "clip": clipped}[method.aggregate]
-        mean = aggregate(chain([one], updates), weights)
+        mean = aggregate(method, chain([one], updates), weights)
     elif here:
         _, k, why = run.missed[-len(here)]
         raise ValueError(f"every update of round {r + 1} was refused, that of hospital {k} because: {why}")

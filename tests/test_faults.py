@@ -114,7 +114,7 @@ def test_the_average_is_over_those_who_took_part():
     """Against the closed form: local updates of those present, weighted by their images alone."""
     dealt, faults, seed = federation(), Faults(drop=0.4, die=0.2), 0
     seen = []
-    run = rounds.run(dealt, Method(), seed, rounds=1, faults=faults, tamper=lambda k, r, sent: seen.append((k, sent)) or sent)
+    run = rounds.run(dealt, Method(), seed, rounds=1, faults=faults, tamper=lambda k, r, start, sent: seen.append((k, sent)) or sent)
     here = [k for k in range(3) if not faults.of(seed, k, 0)]
     assert 0 < len(here) < 3 and run.took_part.tolist() == [[k in here for k in range(3)]]
     assert [k for k, _ in seen] == here
@@ -142,7 +142,7 @@ WRONG = {"not finite": lambda w: w * float("nan"), "float64": lambda w: w.double
 @pytest.mark.parametrize("word", WRONG)
 def test_a_bad_update_is_refused_and_the_round_goes_on(word):
     dealt = federation()
-    run = rounds.run(dealt, Method(), 0, rounds=2, tamper=lambda k, r, sent: WRONG[word](sent) if k == 1 else sent)
+    run = rounds.run(dealt, Method(), 0, rounds=2, tamper=lambda k, r, start, sent: WRONG[word](sent) if k == 1 else sent)
     assert run.took_part.tolist() == [[True, False, True]] * 2
     assert [(r, k) for r, k, _ in run.missed] == [(1, 1), (2, 1)] and word in run.missed[0][2]
     assert np.isfinite(run.weights).all()
@@ -150,7 +150,7 @@ def test_a_bad_update_is_refused_and_the_round_goes_on(word):
 
 def test_refused_at_a_hospital_that_keeps_weights_leaves_them_alone():
     run = rounds.run(federation(), METHODS["local_only"], 0, rounds=1,
-                     tamper=lambda k, r, sent: WRONG["not finite"](sent) if k == 1 else sent)
+                     tamper=lambda k, r, start, sent: WRONG["not finite"](sent) if k == 1 else sent)
     assert torch.equal(run.memory["own"][1], run.memory["start"]) and not torch.equal(run.memory["own"][0], run.memory["start"])
 
 
@@ -206,8 +206,7 @@ def test_the_number_of_images_is_what_was_reported():
 
 def test_twenty_kills_resume_to_the_same_bits(tiny, tmp_path):
     """kill -9 at a random moment after a random round, twenty times; the run that goes on ends as if nothing had been."""
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["fedssg_helpers.experiment"])
+    processes = multiprocessing.get_context(experiment.START)
     recipes = {"fedavg": None, "scaffold": None, "fedavgm": None, "local_normalisation": None,
                "shared": replace(METHODS["fedssg"], pretrain_steps=8, refresh=True)}
     whole = {name: experiment.execute(Job(name, 0, 12, tiny, recipe=recipe), tmp_path / "whole")
