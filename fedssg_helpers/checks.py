@@ -15,9 +15,10 @@ from torch.nn import functional as F
 
 PACKED_SHARE = 0.85  # of the raw bytes: what a packed upload may take, see `byte_budget`
 PACKED_EXTRA = 400  # bytes on top for every started hundred images: the pictures' heads
-FEATURES = 32  # principal components that `odd_sources` looks at
-EXPECTED = 6.0  # a source is judged where an honest one would agree by this many standard deviations
-AGREEING = 0.2  # ... and refused where it agrees by less than this part of that
+FEWEST = 8  # a source of so many samples is judged by its images
+STRANGE = 0.25  # ... and refused where it is stranger than this and three times the median, see `strangeness`
+EXPECTED = 5.0  # a source is judged by its labels where an honest one would agree by this many standard deviations
+AGREEING = 0.25  # ... and refused where it agrees by less than this part of that
 
 
 def weights_refusal(update, like: torch.Tensor, images, reported: int) -> str:
@@ -35,23 +36,27 @@ def weights_refusal(update, like: torch.Tensor, images, reported: int) -> str:
         The number it reported before the first round: its weight in the aggregate.
     """
     if not isinstance(update, torch.Tensor) or update.shape != like.shape or update.dtype != like.dtype:
-        sent = f"{update.dtype} of shape {tuple(update.shape)}" if isinstance(update, torch.Tensor) else type(update).__name__
-        return (f"sent {sent} for weights, needed is {like.dtype} of shape {tuple(like.shape)}; "
-                "it must use the model that all agreed on")
+        return f"sent {_kind(update)} for weights, needed is {_kind(like)}; it must use the model that all agreed on"
     if not torch.isfinite(update).all():
-        return "sent weights that are not finite; its training diverged (lower the learning rate) or the upload is damaged"
+        return ("sent weights that are not finite; its training diverged (lower the learning rate) or the upload is "
+                "damaged")
     if isinstance(images, bool) or not isinstance(images, numbers.Integral) or images < 1:
         return f"says that it trained on {images!r} images; the number must be whole and above 0"
     if images != reported:
-        return f"says that it trained on {images} images but reported {reported}; it must report again before it takes part"
+        return f"says that it trained on {images} images but reported {reported}; it must report again first"
     return ""
+
+
+def _kind(value) -> str:
+    """A tensor's dtype and shape in words, or the type of what is no tensor."""
+    return f"{value.dtype} of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
 
 
 def byte_budget(number: int, shape: tuple[int, int, int]) -> float:
     """The most bytes that `number` packed images of shape (C, H, W) may take (see `sharing.packed`).
 
-    Packed without loss, samples take 0.31 to 0.45 of their raw bytes (real colour images up to 0.50, grey ones up to 0.72)
-    at 28 pixels and less at more; uniform noise takes all of them, Gaussian noise of 30 grey levels 0.87.
+    Packed without loss at 28 pixels, samples take 0.31 to 0.45 of their raw bytes (grey ones 0.50 to 0.72, real
+    colour images up to 0.50); uniform noise takes all of them, Gaussian noise of 30 grey levels 0.87.
     """
     return PACKED_SHARE * number * math.prod(shape) + PACKED_EXTRA * math.ceil(number / 100)
 
@@ -74,13 +79,15 @@ def samples_refusal(images, labels, device, offer: np.ndarray, shape: tuple[int,
     """
     from .sharing import size_of  # here, because sharing uses these checks
 
-    for name, part, kind, needed in (("images", images, torch.uint8, tuple(shape)), ("labels", labels, torch.int64, ()),
-                                     ("devices", device, torch.int64, ())):
-        if not isinstance(part, torch.Tensor) or part.dtype != kind or part.ndim < 1 or part.shape[1:] != needed:
-            sent = f"{part.dtype} of shape {tuple(part.shape)}" if isinstance(part, torch.Tensor) else type(part).__name__
-            return f"sent {sent} for {name}; needed is {kind} of shape {('n', *needed)}".replace("'", "")
+    for name, part, like in (("images", images, torch.empty(0, *shape, dtype=torch.uint8)),
+                             ("labels", labels, torch.empty(0, dtype=torch.int64)),
+                             ("devices", device, torch.empty(0, dtype=torch.int64))):
+        if not (isinstance(part, torch.Tensor) and part.ndim and part.dtype == like.dtype
+                and part.shape[1:] == like.shape[1:]):
+            return f"sent {_kind(part)} for {name}; needed is {_kind(like)}, with the number of its samples for 0"
     if not len(images) == len(labels) == len(device):
-        return f"sent {len(images)} images, {len(labels)} labels and {len(device)} devices; each image needs one of both"
+        return (f"sent {len(images)} images, {len(labels)} labels and {len(device)} devices; each image needs one of "
+                "both")
     if not len(images):
         return ""
     for name, part, end in (("labels", labels, offer.shape[0]), ("devices", device, offer.shape[1])):
@@ -94,98 +101,117 @@ def samples_refusal(images, labels, device, offer: np.ndarray, shape: tuple[int,
                 "it must send what the plan says, of classes that it reported")
     most, size = byte_budget(len(images), shape) if most_bytes is None else most_bytes, size_of(images)
     if size > most:
-        return (f"sent {size:.0f} bytes for {len(images)} images, allowed are {most:.0f}; images pack well and noise does "
-                "not, so it must look at its samples")
+        return (f"sent {size:.0f} bytes for {len(images)} images, allowed are {most:.0f}; images pack well and noise "
+                "does not, so it must look at its samples")
     return ""
 
 
-def smoothness(images: torch.Tensor) -> float:
-    """Mean correlation of neighbouring pixels, -1..1, of uint8 images (N, C, H, W): noise 0, images here 0.88 to 0.98."""
-    x = images.float() - images.float().mean((2, 3), keepdim=True)
-    steps = torch.stack([(x[..., 1:] - x[..., :-1]).square().mean((1, 2, 3)),
-                         (x[..., 1:, :] - x[..., :-1, :]).square().mean((1, 2, 3))]).mean(0)
-    spread = x.square().mean((1, 2, 3))
-    return float(torch.where(spread > 0, 1 - steps / (2 * spread), 0).mean())
+def _features(pool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images at 7 x 7 pixels, float64 (N, q), and their group (N,): all samples of one (source, device).
 
-
-def _features(images: torch.Tensor) -> torch.Tensor:
-    """The first `FEATURES` principal components, float64 (N, q), of the images at 7 x 7 pixels."""
-    x = F.adaptive_avg_pool2d(images.float() / 255, 7).flatten(1)
-    x = x - x.mean(0)
-    return (x @ torch.linalg.eigh(x.T @ x / len(x))[1][:, -FEATURES:]).double()
+    Each group's mean is taken off: what a device or a hospital does to all its images alike is gone. So coarse
+    because that is where classes differ on every device; finer, devices differ more.
+    """
+    group = pool.source * (int(pool.device.max()) + 1) + pool.device
+    return _centred(F.adaptive_avg_pool2d(pool.images.float() / 255, 7).flatten(1).double(), group), group
 
 
 def _centred(x: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
-    """x (N, q) less the mean of its group: what a device or a hospital does to all its images alike is gone."""
+    """x (N, q) less the mean of its group."""
     number = torch.bincount(group)
     return x - (x.new_zeros(len(number), x.shape[1]).index_add_(0, group, x) / number.clamp(min=1)[:, None])[group]
+
+
+def strangeness(pool) -> dict[int, float]:
+    """Part of the variation of each source's images, 0..1, that the main ways in which the others' vary do not express.
+
+    The main ways: the first quarter of the principal components of the other sources' images. Noise: 0.7 or more; all
+    images alike: 1; honest hospitals, of any device: 0.01 to 0.1.
+    """
+    x, _ = _features(pool)
+    spread = {k: x[pool.source == k].T @ x[pool.source == k] for k in pool.source.unique().tolist()}
+    total, result = sum(spread.values()), {}
+    for k, own in spread.items():
+        main = torch.linalg.eigh(total - own)[1][:, -(x.shape[1] // 4):]
+        result[k] = 1 - float((main.T @ own @ main).trace() / own.trace().clamp(min=1e-9))
+    return result
 
 
 def agreement(pool, classes: int) -> dict[int, tuple[float, float]]:
     """How far each source's labels agree with its images, judged by the others' samples: (found, expected).
 
-    The judge of source k is a ridge classifier W on principal components x, fitted to the other sources' samples and
-    one-hot labels d, everything centred within each (source, device): another device, another offset, so that a
-    hospital is judged by how its classes differ from each other and not by how its images differ from other hospitals'.
+    The judge of source k is a ridge classifier W from principal components x to one-hot labels d, fitted to the other
+    sources' samples, everything centred within each (source, device): another device is another offset, so a hospital
+    is judged by how its classes differ from each other and not by how its images differ from other hospitals'.
 
         found = sum_i (x_i W) . d_i / sd,   expected = sum_i (d_i M W) . d_i / sd
 
     sd is the deviation of the sum when the source's labels are shuffled at random (a permutation test), M the others'
     class means. So honest labels find what is expected, or a good part of it; random labels, or labels of images that
-    are none, 0 with standard deviation 1.
+    are none, 0 with standard deviation 1. Half of the others' samples gives W and the other half M, and the other way
+    round: from the same samples, chance alone would make both agree.
 
-    A source whose samples are of one class per device, which cannot be judged, is left out.
+    A source with one class per device, which cannot be judged, is left out.
     """
-    devices, x = int(pool.device.max()) + 1, _features(pool.images)
-    group = pool.source * devices + pool.device
-    weight = torch.bincount(pool.labels, minlength=classes).clamp(min=1).double().rsqrt()  # rare classes count as well
+    (x, group), half = _features(pool), torch.arange(len(pool)) % 2
+    x = x @ torch.linalg.eigh(x.T @ x)[1][:, -32:]
+    weight = torch.bincount(pool.labels, minlength=classes).clamp(min=1).double().rsqrt()  # rare classes count too
     d = _centred(F.one_hot(pool.labels, classes).double(), group)
-    x, sources = _centred(x, group), pool.source.unique().tolist()
-    sums = {k: (x[m].T @ x[m], x[m].T @ d[m], d[m].T @ d[m]) for k in sources if (m := pool.source == k) is not None}
-    total = [sum(parts) for parts in zip(*sums.values())]
     result = {}
-    for k in sources:
-        xx, xd, dd = (whole - own for whole, own in zip(total, sums[k]))
-        judge = torch.linalg.solve(xx + (0.1 * xx.diagonal().mean() + 1e-9) * torch.eye(len(xx)), xd) * weight
-        means = torch.linalg.solve(dd + 5 * torch.eye(classes), xd.T)  # 5: a class of few samples says little
+    for k in pool.source.unique().tolist():
+        judges, means = [], []
+        for h in (0, 1):
+            others = (pool.source != k) & (half == h)
+            xx, xd, dd = x[others].T @ x[others], x[others].T @ d[others], d[others].T @ d[others]
+            ridge = 0.1 * xx.diagonal().mean() + 1e-9
+            judges.append(torch.linalg.solve(xx + ridge * torch.eye(len(xx)), xd) * weight)
+            means.append(torch.linalg.solve(dd + 3 * torch.eye(classes), xd.T))  # 3: few samples say little
+        judge, likely = (judges[0] + judges[1]) / 2, (means[0] @ judges[1] + means[1] @ judges[0]) / 2
         found, expected, variance = 0.0, 0.0, 0.0
         for g in group[pool.source == k].unique():
             rows = group == g
-            score = (x[rows] @ judge) @ (d[rows] * weight).T
-            found += float(score.trace())
-            expected += float(((d[rows] @ means @ judge) * (d[rows] * weight)).sum())
-            variance += float(score.square().sum()) / max(len(score) - 1, 1)
+            score, claim = x[rows] @ judge, d[rows] * weight
+            found += float((score * claim).sum())
+            expected += float((d[rows] @ likely * claim).sum())
+            variance += float((score @ claim.T).square().sum()) / max(len(claim) - 1, 1)
         if expected > 1e-9:
-            result[k] = (found, expected) if variance == 0 else (found / variance ** 0.5, expected / variance ** 0.5)
+            result[k] = (found / max(variance, 1e-12) ** 0.5, expected / max(variance, 1e-12) ** 0.5)
     return result
 
 
 def odd_sources(pool, classes: int) -> dict[int, str]:
     """Sources of a `sharing.Pool` whose samples disagree with everybody else's, each with the reason.
 
-    Two questions: do neighbouring pixels go together as in the others' images (`smoothness`: at least half of their
-    median), and do labels and images go together as in the others' (`agreement`)? The worst source goes first and the
-    others are judged again without it, as its samples were part of their judge. With fewer than three sources nobody
-    can say who is the odd one. A source with few samples, or with one class only, is not judged by its labels.
+    Two questions: do its images vary as the others' do (`strangeness`), and do labels and images go together as with
+    the others (`agreement`)? The worst source goes first and the others are judged again without it, as its samples
+    were part of what they were compared with. With fewer than three sources nobody can say who is the odd one. A
+    source with few samples, or with one class only, is not judged by its labels.
     """
     odd = {}
-    rough = {k: smoothness(pool.images[pool.source == k]) for k in pool.source.unique().tolist()}
-    if len(rough) >= 3:
-        for k, value in rough.items():
-            usual = float(np.median([v for j, v in rough.items() if j != k]))
-            if value < usual / 2:
-                odd[k] = (f"its samples look like no image: neighbouring pixels correlate by {value:.2f}, the others' by "
-                          f"{usual:.2f}; it must look at its samples")
     while True:
         rest = ~torch.isin(pool.source, torch.tensor(list(odd), dtype=torch.int64))
-        if len(pool.source[rest].unique()) < 3:
-            return odd
         left = type(pool)(*(part[rest] for part in vars(pool).values()))
-        short = {k: AGREEING * expected - found for k, (found, expected) in agreement(left, classes).items()
-                 if expected >= EXPECTED}
-        worst = max(short, key=short.get, default=None)
-        if worst is None or short[worst] <= 0:
+        if len(left.source.unique()) < 3:
             return odd
-        found, expected = agreement(left, classes)[worst]
-        odd[worst] = (f"its labels do not go with its images as the others' do: agreement {found:.1f}, expected "
-                      f"{expected:.1f} (random labels: 0, give or take 1); it must check its labels and samples")
+        doubts = _strange(left) or _disagreeing(left, classes)
+        if not doubts:
+            return odd
+        worst = max(doubts)
+        odd[worst[1]] = worst[2]
+
+
+def _strange(pool) -> list[tuple[float, int, str]]:
+    """Sources that look like no image: (how strange, which, reason)."""
+    part = {k: value for k, value in strangeness(pool).items() if (pool.source == k).sum() >= FEWEST}
+    usual = float(np.median(list(part.values()))) if part else 0.0
+    return [(value, k, f"its samples look like none of the others' images: {value:.0%} of their variation is not "
+             f"found there (usual: {usual:.0%}); it must look at its samples")
+            for k, value in part.items() if value > max(STRANGE, 3 * usual)]
+
+
+def _disagreeing(pool, classes: int) -> list[tuple[float, int, str]]:
+    """Sources whose labels do not go with their images: (how much is lacking, which, reason)."""
+    return [(AGREEING * expected - found, k, f"its labels do not go with its images as the others' do: agreement "
+             f"{found:.1f}, expected {expected:.1f} (random labels: 0, give or take 1); it must check both")
+            for k, (found, expected) in agreement(pool, classes).items()
+            if expected >= EXPECTED and found < AGREEING * expected]

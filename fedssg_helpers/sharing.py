@@ -5,7 +5,7 @@
    (K, C, D): synthetic images of class c from device d that it should receive.
 3. `plan` bounds the wishes by the budget (``want``) and tells the hospitals that own a (class, device) cell how
    much of it to generate and upload (``offer``).
-4. The server deals the pool of uploads: nobody gets his own samples, nobody more than the budget.
+4. The server checks the uploads (`checks`) and deals the pool of those that pass: nobody gets his own samples, nobody more than the budget.
 
 The strategy's idea is published (Pavan et al. 2026, arXiv 2604.26324); the rule and the budgets here are the
 course's own. K hospitals, C classes and D devices throughout; all counts are images.
@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import io
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from PIL import Image
 
-from . import generator
+from . import checks, generator
 from .keys import rng
 from .models import normalise, scale
 from .partition import Client, Federation
@@ -284,6 +284,26 @@ def pool_of(offers: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> Po
     return Pool(*(torch.cat(parts) for parts in zip(*offers)), torch.cat(source))
 
 
+def accepted(offers: list[tuple], asked: np.ndarray, shape: tuple) -> tuple[list[tuple], dict[int, str]]:
+    """The uploads, an empty one in place of each that the server refuses, and the reasons by hospital.
+
+    Parameters
+    ----------
+    offers : list of (images, labels, device)
+        As they came, in order of hospitals.
+    asked : int array (K, C, D)
+        What the plan asked for, ``Plan.offer``.
+    shape : tuple
+        (C, H, W) of the federation's images.
+    """
+    none = torch.empty(0, *shape, dtype=torch.uint8), *torch.empty(2, 0, dtype=torch.int64)
+    refused = {k: reason for k, upload in enumerate(offers)
+               if (reason := checks.samples_refusal(*upload, asked[k], shape))}
+    fit = [none if k in refused else upload for k, upload in enumerate(offers)]
+    refused |= checks.odd_sources(pool_of(fit), asked.shape[1])
+    return [none if k in refused else upload for k, upload in enumerate(offers)], refused
+
+
 def deal(wishes: np.ndarray, pool: Pool, client: int, seed: int, draw: int = 0) -> torch.Tensor:
     """Rows of the pool, int64 (n,), for hospital `client`, whose wishes are (C, D): other hospitals' samples only.
 
@@ -373,16 +393,19 @@ class Shared:
     costs : dict
         generator_seconds (all hospitals together); bytes_up and bytes_down (see `packed`, all hospitals together),
         also as bytes_samples_up and bytes_samples_down.
+    refused : dict of int to str
+        Hospitals whose upload the server left out, each with the reason.
     """
 
     plan: Plan
     pool: Pool
     rows: list[torch.Tensor]
     costs: dict[str, float]
+    refused: dict[int, str] = field(default_factory=dict)
 
 
 def share(clients: list[Client], federation: Federation, rule: str, seed: int, *, budget: Budget = Budget(),
-          real: bool = False, restyled: bool = False, draw: int = 0, **options) -> Shared:
+          real: bool = False, restyled: bool = False, draw: int = 0, tamper=None, **options) -> Shared:
     """The whole exchange: reports, plan, generators, uploads, dealing.
 
     Generators stay at home: a hospital's samples are the only thing that leaves it besides its counts.
@@ -397,6 +420,8 @@ def share(clients: list[Client], federation: Federation, rule: str, seed: int, *
         Also fill ``budget.cell`` places of each cell that nobody can supply, see `restyle`.
     draw : int
         Names the samples: another number, other samples of the same generators.
+    tamper : callable (k, images, labels, device) -> the same three, optional
+        What a faulty or malicious hospital k sends in place of its upload; for lessons and tests.
     options
         Of the generator: latent, steps, temperature, see `offer_of`.
 
@@ -412,6 +437,9 @@ def share(clients: list[Client], federation: Federation, rule: str, seed: int, *
     offers = [real_offer_of(c, agreed.offer[k], k, seed) if real else
               offer_of(c, agreed.offer[k], k, seed, draw=draw, **options) for k, c in enumerate(clients)]
     seconds = time.perf_counter() - began
+    if tamper:
+        offers = [tamper(k, *upload) for k, upload in enumerate(offers)]
+    offers, refused = accepted(offers, agreed.offer, federation.test.images.shape[1:])
     pool, wishes = pool_of(offers), agreed.want
     up = sum(size_of(images) for images, _, _ in offers)
     if restyled:
@@ -421,7 +449,7 @@ def share(clients: list[Client], federation: Federation, rule: str, seed: int, *
     rows = [deal(wishes[k], pool, k, seed, draw) for k in range(len(clients))]
     down = sum(size_of(pool.images[r]) for r in rows)
     return Shared(agreed, pool, rows, {"generator_seconds": seconds, "bytes_up": up, "bytes_down": down,
-                                       "bytes_samples_up": up, "bytes_samples_down": down})
+                                       "bytes_samples_up": up, "bytes_samples_down": down}, refused)
 
 
 def offer_of(client: Client, numbers: np.ndarray, k: int, seed: int, *, draw: int = 0, latent: int = 200,
