@@ -125,8 +125,8 @@ def _centred(x: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
 def strangeness(pool) -> dict[int, float]:
     """Part of the variation of each source's images, 0..1, that the main ways in which the others' vary do not express.
 
-    The main ways: the first quarter of the principal components of the other sources' images. Noise: 0.7 or more; all
-    images alike: 1; honest hospitals, of any device: 0.01 to 0.1.
+    The main ways: the first quarter of the principal components of the other sources' images. Noise about 0.75, all
+    images alike 1; honest hospitals of any device 0.01 to 0.04 (colour) and 0.06 to 0.20 (grey, fewer components).
     """
     x, _ = _features(pool)
     spread = {k: x[pool.source == k].T @ x[pool.source == k] for k in pool.source.unique().tolist()}
