@@ -409,7 +409,7 @@ def exchange(clients: list[Client], federation: Federation, method: Method, seed
         return None
     return sharing.share(clients, federation, method.sharing, seed, budget=method.budget, draw=draw,
                          real=method.content == "real", restyled=method.restyled, temperature=method.temperature,
-                         **({"tamper": tamper} if tamper else {}))
+                         tamper=tamper)
 
 
 def places_of(clients: list[Client], federation: Federation, method: Method, seed: int, shared: sharing.Shared | None,
@@ -614,7 +614,7 @@ def _before_the_first_round(setup: Setup, start: torch.Tensor, shared: sharing.S
     shape = (0, len(setup.federation.devices), len(setup.federation.classes), len(setup.federation.classes))
     run = Run(start.cpu().numpy(), np.empty(0, np.int64), np.empty(shape, np.int64), costs,
               np.empty((0, len(places)), bool), [], memory)
-    run.missed += [(0, k, why) for k, why in getattr(shared, "refused", {}).items()] if shared else []
+    run.missed += [(0, k, why) for k, why in shared.refused.items()] if shared else []
     _test(setup, run)
     return run
 

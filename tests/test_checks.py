@@ -246,9 +246,9 @@ def test_everybody_refused_leaves_an_empty_pool(exchanged):
     assert shared.costs["bytes_up"] == shared.costs["bytes_down"] == 0
 
 
-def test_a_run_goes_on_with_what_is_left(exchanged, monkeypatch):
+def test_a_run_goes_on_with_what_is_left_and_reports(exchanged):
     federation, _ = exchanged
-    whole = sharing.share
-    monkeypatch.setattr(sharing, "share", lambda *a, **o: whole(*a, **o, tamper=lambda k, i, l, d: (i.float(), l, d)))
     method = rounds.Method(sharing="class_and_device", pretrain_steps=4)
-    assert np.isfinite(rounds.run(federation, method, 0, rounds=1).weights).all()
+    run = rounds.run(federation, method, 0, rounds=1, tamper_samples=lambda k, i, l, d: (i.float() if k else i, l, d))
+    assert np.isfinite(run.weights).all() and run.took_part.all()
+    assert [(r, k) for r, k, _ in run.missed] == [(0, k) for k in range(1, 10)] and "uint8" in run.missed[0][2]
