@@ -1,9 +1,12 @@
 # Two commands do it all: "make course" runs every lesson, "make test" checks everything.
 # Each makes its own Python environment in .venv first. Other Python:  make course PYTHON=python3.12
+# With the optional parts:  make test EXTRAS=test,flower,privacy
 # Other data or settings:  make course ARGS="--data ham10000 --profile full"
 PYTHON ?= python3
 BIN := .venv/bin
-READY := .venv/.ready
+# Optional parts, with commas between: test, flower (several machines), privacy (DP-SGD), explorer (Voila).
+EXTRAS ?= test
+READY := .venv/.ready-$(EXTRAS)
 # Seconds that one cell of a lesson may take under test, on a slow machine.
 CELL_TIMEOUT ?= 900
 
@@ -54,7 +57,7 @@ $(READY): pyproject.toml
 	@$(PYTHON) -m venv .venv || { \
 		echo "error: '$(PYTHON) -m venv' failed. On Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; }
 	@echo "Installing into .venv (PyTorch, JupyterLab and the rest: some minutes and about 6 GB) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]' || { \
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)]' || { \
 		echo "error: pip could not install; its own words are above. Without a network, or with less than 8 GB free, this cannot work." >&2; exit 1; }
 	@touch $@
 	@echo "Installed."
