@@ -214,7 +214,7 @@ def train_local(net: SmallCNN, start: torch.Tensor, images: torch.Tensor, labels
     size, turns = min(batch, len(labels)), turns or orientations(images)
     for rows in batches(len(labels), steps, size, random, chance):
         rows = rows.to(images.device)
-        x = turn(scale(images[rows]), turns[int(random.integers(len(turns)))])
+        x = turn(scale(images.index_select(0, rows)), turns[int(random.integers(len(turns)))])
         if styles is not None:
             x = normalise(x, styles[torch.from_numpy(random.integers(len(styles), size=len(x))).to(styles.device)])
         net.grad.zero_()
