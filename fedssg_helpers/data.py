@@ -12,7 +12,6 @@ import hashlib
 import os
 import tempfile
 import zipfile
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +27,7 @@ SMALLEST, LARGEST = 16, 128  # image sides in pixels that the course's networks 
 MOST_CLASSES = 256
 MOST_BYTES = 8 * 2**30  # of one .npz once unpacked: a larger one is damaged or does not belong here
 HAM_CLASSES = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
+HAM_DEVICES = ("rosendahl", "vidir_modern", "vidir_molemax", "vienna_dias")
 HAM_LICENCE = "CC BY-NC 4.0 (HAM10000, Tschandl et al. 2018, doi:10.7910/DVN/DBW86T)"
 HAM_CURE = (
     "Get HAM10000_metadata and both image archives from Harvard Dataverse, doi:10.7910/DVN/DBW86T, and unpack"
@@ -136,7 +136,7 @@ def _read(path: Path, missing: str) -> dict[str, np.ndarray]:
                 "Store fewer or smaller images."
             )
         with np.load(path, allow_pickle=False) as file:
-            return {key: file[key] for key in file.files}
+            arrays = {key: file[key] for key in file.files}
     except DataError:
         raise
     except ValueError as error:
@@ -148,21 +148,18 @@ def _read(path: Path, missing: str) -> dict[str, np.ndarray]:
         raise DataError(
             f"{path}: not a readable .npz ({error}). Save it with np.savez_compressed."
         ) from error
-    except (
-        zipfile.BadZipFile,
-        zlib.error,
-        EOFError,
-        OSError,
-        KeyError,
-        SyntaxError,
-        NotImplementedError,
-        RuntimeError,
-        MemoryError,
-    ) as error:
+    except Exception as error:  # zip, zlib, tokenizer, memory: a damaged file may make NumPy raise anything
         raise DataError(
             f"{path}: truncated, damaged or not an .npz ({type(error).__name__}: {error}). "
             "Delete it, then copy or download it again."
         ) from error
+    strange = [key for key, array in arrays.items() if not isinstance(array, np.ndarray)]
+    if strange:
+        raise DataError(
+            f"{path}: damaged or not an .npz: what it calls {strange[0]} is no array. "
+            "Delete it, then copy or download it again, or save it with np.savez_compressed."
+        )
+    return arrays
 
 
 def _need(arrays: dict, keys, path: Path) -> None:
@@ -349,10 +346,13 @@ def _medmnist(flag: str, folder: Path, size: int) -> ImageSet:
     sides = ("train", "val", "test")
     _need(arrays, [f"{side}_{what}" for side in sides for what in ("images", "labels")], path)
     parts = [arrays[f"{side}_images"] for side in sides]
-    if len({(part.shape[1:], part.dtype) for part in parts}) > 1:
-        raise DataError(
-            f"{path}: its train, val and test images differ in shape or type. Delete it, then download again."
-        )
+    for what in ("images", "labels", "lesion_id"):
+        found = [arrays[f"{side}_{what}"] for side in sides if f"{side}_{what}" in arrays]
+        if len({(part.shape[1:], part.dtype.kind) for part in found}) > 1 or not all(part.ndim for part in found):
+            raise DataError(
+                f"{path}: its train, val and test {what} differ in shape or type, or are single numbers. "
+                "Delete it, then download again."
+            )
     images = _check_images(np.concatenate(parts), path)
     if images.shape[1:] != (info["n_channels"], size, size):
         raise DataError(
@@ -468,7 +468,7 @@ def prepare_ham10000(source, target, size: int = 28) -> Path:
     Raises
     ------
     DataError
-        If the table or images are missing, a class is unknown or an image cannot be read.
+        If the table or images are missing or damaged, or a class or device is unknown.
     """
     source, target = Path(source), Path(target)
     table = _metadata(source)
@@ -476,20 +476,29 @@ def prepare_ham10000(source, target, size: int = 28) -> Path:
         raise DataError(f"{source / 'HAM10000_metadata.csv'}: there is no such file. {HAM_CURE}")
     if not SMALLEST <= size <= LARGEST:
         raise DataError(f"size {size} is out of range. Use {SMALLEST} to {LARGEST} pixels.")
-    text = table.read_text(encoding="utf-8-sig")
-    rows = list(csv.DictReader(text.splitlines(), delimiter="\t" if "\t" in text.partition("\n")[0] else ","))
-    lacking = {"lesion_id", "image_id", "dx", "dataset"} - set(rows[0] if rows else ())
+    try:
+        text = table.read_text(encoding="utf-8-sig")
+        separator = "\t" if "\t" in text.partition("\n")[0] else ","
+        rows = list(csv.DictReader(text.splitlines(), delimiter=separator))
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{table}: damaged, or not a table of text ({error}). {HAM_CURE}") from error
+    if not rows:
+        raise DataError(f"{table}: holds no row: empty or cut short. {HAM_CURE}")
+    lacking = {"lesion_id", "image_id", "dx", "dataset"} - set(rows[0])
     if lacking:
         raise DataError(
             f"{table}: lacks the column(s) {', '.join(sorted(lacking))}. Copies elsewhere leave `dataset`"
             f" out, which names the device. {HAM_CURE}"
         )
-    strange = sorted({str(row["dx"]) for row in rows} - set(HAM_CLASSES))
-    if strange:
-        raise DataError(
-            f"{table}: unknown diagnosis {', '.join(strange)} in column dx; known are "
-            f"{', '.join(HAM_CLASSES)}. {HAM_CURE}"
-        )
+    for what, column, known in (("diagnosis", "dx", HAM_CLASSES), ("device", "dataset", HAM_DEVICES)):
+        strange = sorted({str(row[column]) for row in rows} - set(known))
+        if strange:
+            raise DataError(
+                f"{table}: unknown {what} {strange[0]!r} in column {column}, where {', '.join(known)} are known: "
+                f"cut short or damaged. {HAM_CURE}"
+            )
+    if not all(row["lesion_id"] for row in rows) or len({row["image_id"] for row in rows}) < len(rows):
+        raise DataError(f"{table}: an image without a lesion, or twice in the table: damaged. {HAM_CURE}")
     found = {path.stem: path for pattern in ("*.jpg", "*/*.jpg") for path in source.glob(pattern)}
     absent = [row["image_id"] for row in rows if row["image_id"] not in found]
     if absent:

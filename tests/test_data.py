@@ -368,7 +368,7 @@ def test_ham10000_faults(tmp_path):
     with pytest.raises(DataError, match="1 of the 24 images .* missing, ISIC_0000003.jpg"):
         load("ham10000", tmp_path / "a")
     publisher(tmp_path / "b", dx="cold")
-    with pytest.raises(DataError, match="unknown diagnosis cold"):
+    with pytest.raises(DataError, match="unknown diagnosis 'cold'"):
         load("ham10000", tmp_path / "b")
     publisher(tmp_path / "c")
     table = tmp_path / "c" / "HAM10000_metadata.csv"
