@@ -32,7 +32,8 @@ def command(monkeypatch, tmp_path, capsys):
 
     def run(name: str, folder) -> tuple[int, str]:
         signal.alarm(60)
-        status = main(["run", "--only", "00", "--data", name, "--data-dir", str(folder), "--out", str(tmp_path / "out")])
+        out = tmp_path / "out"
+        status = main(["run", "--only", "00", "--data", name, "--data-dir", str(folder), "--out", str(out)])
         signal.alarm(0)
         return status, capsys.readouterr().err
 
@@ -60,8 +61,8 @@ def test_the_same_files_undamaged_are_good(command, tmp_path, monkeypatch):
     """Otherwise the test above would pass on anything."""
     for group in WAYS:
         for way in group:
-            monkeypatch.setitem(group, way, (lambda text, random: text.encode()) if group is damage.TABLE else
-                                lambda good, random: good)
+            same = (lambda good, random: good.encode()) if group is damage.TABLE else lambda good, random: good
+            monkeypatch.setitem(group, way, same)
     monkeypatch.setattr(damage, "BY_CHANCE", ())
     for _, name, folder, _ in damage.files(tmp_path / "data", 8):
         assert len(data.load(name, folder)) in (damage.N, 14)
