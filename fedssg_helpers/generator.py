@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from .models import orientations, scale, turn
 
 MINIMUM = 8  # a cell with fewer local images is not generated: its samples would be near copies
+TWINS = 0.6  # images nearer than this part of a cell's usual nearest distance count as pictures of one lesion
 FLOOR = 1e-6  # least variance of the decoder's noise, in scaled units squared: a hundredth of one grey level
 
 
@@ -296,6 +297,49 @@ def fit_density(net: VAE, images: torch.Tensor, cells: torch.Tensor, shrink: flo
         covariance = own * scatter[c] + (1 - own) * pooled + torch.diag(spread / total)
         factor[c] = torch.linalg.cholesky(covariance).float()
     return Generator(net, mean, factor)
+
+
+def distances(images: torch.Tensor, others: torch.Tensor, turns=range(8)) -> torch.Tensor:
+    """How far each image is from each other one in the best of the orientations `turns`, float32 (N, M), grey levels.
+
+    Root mean squared difference over all values of the image; uint8 images (N, C, H, H) and (M, C, H, H).
+    """
+    x, y = images.float(), others.float().flatten(1)
+    best = torch.full((len(x), len(y)), torch.inf)
+    for which in turns:  # by matrix product: hundreds of times faster than the difference of every pair
+        best = torch.minimum(best, torch.cdist(turn(x, which).flatten(1), y))
+    return best / max(y.shape[1], 1) ** 0.5
+
+
+def apart(images: torch.Tensor, turns=range(8), most: int = 200) -> torch.Tensor:
+    """How far images of one cell are from the nearest *other* one, float32 (min(N, most),); N >= 2.
+
+    That is what held-out images would show, measured without holding any out (leave-one-out). Pictures of one lesion or
+    patient would hide it, so pairs nearer than `TWINS` times the median are passed over: the measure is a little larger
+    than the plain one, and rejection by it stricter. Of large cells, `most` images are measured.
+    """
+    rows = torch.linspace(0, len(images) - 1, min(most, len(images))).long()
+    far = distances(images[rows], images, turns)
+    far[torch.arange(len(rows)), rows] = torch.inf
+    return far.masked_fill(far < TWINS * far.min(1)[0].median(), torch.inf).min(1)[0]
+
+
+def limits(images: torch.Tensor, cells: torch.Tensor, part: float, few: int = 40) -> dict[int, float]:
+    """How near to a hospital's own images of a cell a sample may come, in grey levels: the quantile `part` of `apart`.
+
+    A cell of fewer than `few` images has no fifth percentile worth the name: it takes the hospital's pooled one,
+    measured in units of each cell's median. Cells with fewer than `MINIMUM` images are left out.
+
+    Parameters
+    ----------
+    images, cells
+        As in `fit_density`.
+    part : float, 0..1
+    """
+    numbers, turns = torch.bincount(cells), orientations(images)
+    own = {c: apart(images[cells == c], turns) for c in torch.nonzero(numbers >= MINIMUM)[:, 0].tolist()}
+    pooled = float(torch.cat([a / a.median() for a in own.values()]).quantile(part)) if own else 0.0
+    return {c: float(a.quantile(part) if numbers[c] >= few else a.median() * pooled) for c, a in own.items()}
 
 
 def fit(images: torch.Tensor, labels: torch.Tensor, cells: torch.Tensor, random: np.random.Generator, *,

@@ -22,8 +22,10 @@ from PIL import Image
 
 from . import checks, generator
 from .keys import rng
-from .models import normalise, scale
+from .models import normalise, orientations, scale
 from .partition import Client, Federation
+
+REDRAWS = 5  # how often a hospital draws rejected samples again before it offers fewer
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,8 @@ class Budget:
         A hospital receives at most this many samples in all.
     power : float, 0..1
         How much more a source with more images counts: 0 all the same, 1 in proportion.
+    minimum : int, >= `generator.MINIMUM`
+        Nothing is generated from a cell with fewer images at its source: the fewer, the more each of them shows.
     silent : tuple of int
         Hospitals that upload nothing (their rules or their contracts forbid it); they still receive.
 
@@ -61,6 +65,7 @@ class Budget:
     offer: int = 400
     receive: int = 1500
     power: float = 0.5
+    minimum: int = generator.MINIMUM
     silent: tuple[int, ...] = ()
 
     def __post_init__(self):
@@ -73,6 +78,9 @@ class Budget:
         if not 0 <= self.power <= 1:
             raise ValueError(f"the budget's power is {self.power}; it must lie in 0..1 (0: all sources the same, "
                              "1: in proportion to their images)")
+        if not self.minimum >= generator.MINIMUM:
+            raise ValueError(f"the budget's minimum is {self.minimum}; no generator is allowed a cell of fewer than "
+                             f"{generator.MINIMUM} images")
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,7 @@ def coverage(have: np.ndarray) -> np.ndarray:
 
 
 def credible(have: np.ndarray, budget: Budget = Budget()) -> np.ndarray:
-    """The reports (K, C, D) as far as samples can be had: no cell below `generator.MINIMUM`, no silent hospital.
+    """The reports (K, C, D) as far as samples can be had: no cell below ``budget.minimum``, no silent one.
 
     Raises
     ------
@@ -130,7 +138,7 @@ def credible(have: np.ndarray, budget: Budget = Budget()) -> np.ndarray:
     silent = list(budget.silent)
     if silent and not 0 <= min(silent) <= max(silent) < len(have):
         raise ValueError(f"the budget silences hospitals {silent}; they are numbered 0 to {len(have) - 1}")
-    able = np.where(have >= generator.MINIMUM, have, 0)
+    able = np.where(have >= budget.minimum, have, 0)
     able[silent] = 0
     return able
 
@@ -395,6 +403,8 @@ class Shared:
         also as bytes_samples_up and bytes_samples_down.
     refused : dict of int to str
         Hospitals whose upload the server left out, each with the reason.
+    rejected : int64 array (K, C, D), or None
+        Samples that each hospital's own privacy rejection held back.
     """
 
     plan: Plan
@@ -402,6 +412,7 @@ class Shared:
     rows: list[torch.Tensor]
     costs: dict[str, float]
     refused: dict[int, str] = field(default_factory=dict)
+    rejected: np.ndarray | None = None
 
 
 def share(clients: list[Client], federation: Federation, rule: str, seed: int, *, budget: Budget = Budget(),
@@ -423,7 +434,7 @@ def share(clients: list[Client], federation: Federation, rule: str, seed: int, *
     tamper : callable (k, images, labels, device) -> the same three, optional
         What a faulty or malicious hospital k sends in place of its upload; for lessons and tests.
     options
-        Of the generator: latent, steps, temperature, see `offer_of`.
+        Of the generator: latent, steps, temperature, and of the rejection: reject; see `offer_of`.
 
     Raises
     ------
@@ -433,9 +444,10 @@ def share(clients: list[Client], federation: Federation, rule: str, seed: int, *
     classes, devices = len(federation.classes), len(federation.devices)
     have = reports(clients, classes, devices)
     agreed = plan(have, rule, budget)
-    began = time.perf_counter()
+    began, rejected = time.perf_counter(), np.zeros_like(have)
     offers = [real_offer_of(c, agreed.offer[k], k, seed) if real else
-              offer_of(c, agreed.offer[k], k, seed, draw=draw, **options) for k, c in enumerate(clients)]
+              offer_of(c, agreed.offer[k], k, seed, draw=draw, rejected=rejected[k], **options)
+              for k, c in enumerate(clients)]
     seconds = time.perf_counter() - began
     if tamper:
         offers = [tamper(k, *upload) for k, upload in enumerate(offers)]
@@ -451,34 +463,69 @@ def share(clients: list[Client], federation: Federation, rule: str, seed: int, *
     rows = [deal(wishes[k], pool, k, seed, draw) for k in range(len(clients))]
     down = sum(size_of(pool.images[r]) for r in rows)
     return Shared(agreed, pool, rows, {"generator_seconds": seconds, "bytes_up": up, "bytes_down": down,
-                                       "bytes_samples_up": up, "bytes_samples_down": down}, refused)
+                                       "bytes_samples_up": up, "bytes_samples_down": down}, refused, rejected)
 
 
 def offer_of(client: Client, numbers: np.ndarray, k: int, seed: int, *, draw: int = 0, latent: int = 200,
-             steps: int = 0, temperature: float = 0.9) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+             steps: int = 0, temperature: float = 0.9, reject: float = 0.0,
+             rejected: np.ndarray | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What hospital k does: train its generator and sample `numbers` (C, D); gives images, labels, device.
 
     Nothing is trained where nothing is asked for. For latent, steps and temperature see `generator.fit` and
     `generator.Generator.sample`; `draw` names the samples.
 
+    Parameters
+    ----------
+    reject : float, 0..1 (1 excluded)
+        Privacy rejection: samples that come nearer to one of the hospital's own images of the cell than the part
+        `reject` of unseen images would (see `generator.limits`) are drawn again, `REDRAWS` times at most, then left
+        out: the upload can be smaller than asked for. 0: none is looked at.
+    rejected : int array (C, D), optional
+        The number of samples rejected is added here.
+
     Raises
     ------
     ValueError
-        A cell is asked for of which the hospital has fewer than `generator.MINIMUM` images.
+        A cell is asked for of which the hospital has fewer than `generator.MINIMUM` images; `reject` out of range.
     """
+    if not 0 <= reject < 1:
+        raise ValueError(f"reject is {reject}; it is the part of unseen images that come as near: 0..1, without 1")
     devices = numbers.shape[1]
     own = torch.bincount(client.labels * devices + client.device, minlength=numbers.size).numpy()
     if (numbers.ravel()[own < generator.MINIMUM] > 0).any():
         raise ValueError(f"hospital {k} is asked for samples of a (class, device) cell of which it has fewer than "
                          f"{generator.MINIMUM} images; they would be near copies, so it refuses")
-    images, cells = [client.images[:0]], np.repeat(np.arange(numbers.size), numbers.ravel())
-    if len(cells):
-        model = generator.fit(client.images, client.labels, client.labels * devices + client.device,
-                              rng(seed, "generator", k), latent=latent, steps=steps)
-        images += [model.sample(int(cell), int(numbers.flat[cell]), rng(seed, f"samples {draw}", k, int(cell)), temperature)
-                   for cell in np.flatnonzero(numbers)]
-    cells = torch.from_numpy(cells)
+    images, served = [client.images[:0]], numbers.ravel().copy()
+    if served.any():
+        cells = client.labels * devices + client.device
+        model = generator.fit(client.images, client.labels, cells, rng(seed, "generator", k), latent=latent, steps=steps)
+        limits = generator.limits(client.images, cells, reject) if reject else {}
+        for cell in map(int, np.flatnonzero(numbers)):
+            random = rng(seed, f"samples {draw}", k, cell)
+            drawn = model.sample(cell, served[cell], random, temperature)
+            if reject:
+                drawn, gone = _distant(drawn, client.images[cells == cell], limits[cell], orientations(client.images),
+                                       lambda number: model.sample(cell, number, random, temperature))
+                served[cell] = len(drawn)
+                if rejected is not None:
+                    rejected.flat[cell] += gone
+            images.append(drawn)
+    cells = torch.from_numpy(np.repeat(np.arange(numbers.size), served))
     return torch.cat(images), cells // devices, cells % devices
+
+
+def _distant(drawn: torch.Tensor, own: torch.Tensor, limit: float, turns: list[int],
+             again) -> tuple[torch.Tensor, int]:
+    """Samples at least `limit` from every one of the images `own`, topped up by ``again(number)``; how many were not."""
+    kept, gone, number = [], 0, len(drawn)
+    for _ in range(REDRAWS + 1):
+        far = generator.distances(drawn, own, turns).min(1)[0] >= limit
+        kept.append(drawn[far])
+        gone += int((~far).sum())
+        if (missing := number - sum(map(len, kept))) == 0:
+            break
+        drawn = again(missing)
+    return torch.cat(kept), gone
 
 
 def real_offer_of(client: Client, numbers: np.ndarray, k: int,
