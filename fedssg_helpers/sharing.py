@@ -434,7 +434,7 @@ def share(clients: list[Client], federation: Federation, rule: str, seed: int, *
     tamper : callable (k, images, labels, device) -> the same three, optional
         What a faulty or malicious hospital k sends in place of its upload; for lessons and tests.
     options
-        Of the generator: latent, steps, temperature, and of the rejection: reject; see `offer_of`.
+        Of the generator: latent, steps, temperature; of its protection: reject, grain; see `offer_of`.
 
     Raises
     ------
@@ -468,7 +468,7 @@ def share(clients: list[Client], federation: Federation, rule: str, seed: int, *
 
 def offer_of(client: Client, numbers: np.ndarray, k: int, seed: int, *, draw: int = 0, latent: int = 200,
              steps: int = 0, temperature: float = 0.9, reject: float = 0.0,
-             rejected: np.ndarray | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+             grain: float = 0.0, rejected: np.ndarray | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What hospital k does: train its generator and sample `numbers` (C, D); gives images, labels, device.
 
     Nothing is trained where nothing is asked for. For latent, steps and temperature see `generator.fit` and
@@ -480,16 +480,22 @@ def offer_of(client: Client, numbers: np.ndarray, k: int, seed: int, *, draw: in
         Privacy rejection: samples that come nearer to one of the hospital's own images of the cell than the part
         `reject` of unseen images would (see `generator.limits`) are drawn again, `REDRAWS` times at most, then left
         out: the upload can be smaller than asked for. 0: none is looked at.
+    grain : float, >= 0, grey levels
+        Standard deviation of pixel noise put on the samples: without it all of them lie in one flat of `latent`
+        dimensions, which says more of the images it was fitted to than any sample does (see `privacy.span`).
     rejected : int array (C, D), optional
         The number of samples rejected is added here.
 
     Raises
     ------
     ValueError
-        A cell is asked for of which the hospital has fewer than `generator.MINIMUM` images; `reject` out of range.
+        A cell is asked for of which the hospital has fewer than `generator.MINIMUM` images; `reject` or `grain` out of
+        range.
     """
     if not 0 <= reject < 1:
         raise ValueError(f"reject is {reject}; it is the part of unseen images that come as near: 0..1, without 1")
+    if not grain >= 0:
+        raise ValueError(f"grain is {grain}; it must be 0 or more grey levels")
     devices = numbers.shape[1]
     own = torch.bincount(client.labels * devices + client.device, minlength=numbers.size).numpy()
     if (numbers.ravel()[own < generator.MINIMUM] > 0).any():
@@ -509,6 +515,9 @@ def offer_of(client: Client, numbers: np.ndarray, k: int, seed: int, *, draw: in
                 served[cell] = len(drawn)
                 if rejected is not None:
                     rejected.flat[cell] += gone
+            if grain:
+                noise = rng(seed, f"grain {draw}", k, cell).standard_normal(drawn.shape, dtype=np.float32)
+                drawn = (drawn + grain * torch.from_numpy(noise)).round().clamp(0, 255).to(torch.uint8)
             images.append(drawn)
     cells = torch.from_numpy(np.repeat(np.arange(numbers.size), served))
     return torch.cat(images), cells // devices, cells % devices
