@@ -8,6 +8,8 @@ them all, and `fit_private` shows its price.
 from __future__ import annotations
 
 import importlib.util
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,10 +18,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from . import generator, sharing
+from . import data, experiment, generator, metrics, rounds, sharing
 from .generator import distances
 from .keys import rng, torch_rng
-from .models import orientations, scale
+from .models import SmallCNN, orientations, scale
 from .partition import Client
 
 ATTACKS = ("nearest", "span")
@@ -298,6 +300,44 @@ def audit_card(clients: list[Client], outside: Client, shared: sharing.Shared, *
     return Card(have.size, len(shared.pool), int(shared.plan.offer.sum()), int(shared.rejected.sum()),
                 shared.costs["bytes_samples_up"], int(behind.min(initial=have.max())), int((behind < SMALL).sum()), float(real),
                 figures(membership(clients, outside, shared.pool, groups=groups, seed=seed)), epsilon)
+
+
+def lesions(job: experiment.Job) -> np.ndarray:
+    """Lesion or patient of each test image of a job, int64: the groups that `membership` asks for."""
+    images = experiment.load(job.data, job.data_dir)
+    return images.group[data.split(images, seed=job.seed)[1]]
+
+
+def worth(pool: sharing.Pool, federation, seed: int, steps: int = 200) -> float:
+    """What samples teach: balanced accuracy on the test images of a model that saw nothing else, 0..1.
+
+    A short stand-in for a whole run of rounds, `steps` of training at the server.
+    """
+    net = SmallCNN(pool.images.shape[1], len(federation.classes), seed)
+    weights = rounds.pretrain(net, pool, steps, seed)
+    return metrics.balanced_accuracy(rounds.evaluate(net, weights, federation).sum(0))
+
+
+def trial(job: experiment.Job, options: dict, most: int = 100) -> dict[str, float]:
+    """One setting of the trade-off: `worth` of the samples and the attack's `figures`, for a seed's hospitals.
+
+    `options` are those of `sharing.offer_of`, and ``minimum`` of `sharing.Budget`.
+    """
+    hospitals, rest = experiment.hospitals_of(job), dict(options)
+    budget = sharing.Budget(minimum=rest.pop("minimum", generator.MINIMUM))
+    shared = sharing.share(hospitals.clients, hospitals, "class_and_device", job.seed, budget=budget, **rest)
+    table = membership(hospitals.clients, hospitals.test, shared.pool, groups=lesions(job), seed=job.seed, most=most)
+    return {"worth": worth(shared.pool, hospitals, job.seed), "samples": len(shared.pool),
+            "rejected": int(shared.rejected.sum()), "bytes": shared.costs["bytes_up"]} | figures(table)
+
+
+def trials(jobs: list[experiment.Job], settings: dict[str, dict], workers: int = 2) -> pd.DataFrame:
+    """`trial` of every setting and job in parallel processes: a row each, indexed by (setting, seed)."""
+    which = [(name, job) for name in settings for job in jobs]
+    with ProcessPoolExecutor(workers, multiprocessing.get_context(experiment.START)) as pool:
+        done = list(pool.map(trial, [job for _, job in which], [settings[name] for name, _ in which]))
+    return pd.DataFrame(done, index=pd.MultiIndex.from_tuples([(name, job.seed) for name, job in which],
+                                                              names=["setting", "seed"]))
 
 
 # --- a generator with differential privacy ---
