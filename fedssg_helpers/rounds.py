@@ -64,6 +64,10 @@ class Method:
         Steps that the *server* trains the first global weights on the pool of shared images.
     temperature : float, >= 0
         Spread of the samples, see `generator.Generator.sample`.
+    reject : float, 0..1 (1 excluded)
+        Privacy rejection at the source, see `sharing.offer_of`; 0: none.
+    grain : float, >= 0
+        Pixel noise put on samples at the source, in grey levels, see `sharing.offer_of`; 0: none.
     restyled : bool
         Re-render samples for the (class, device) cells that nobody owns, see `sharing.restyle`.
     drop : float, 0..1 (1 excluded)
@@ -96,6 +100,8 @@ class Method:
     deal: bool = True
     pretrain_steps: int = 0
     temperature: float = 0.9
+    reject: float = 0.0
+    grain: float = 0.0
     restyled: bool = False
     drop: float = 0.0
     share: float = 0.0
@@ -110,7 +116,8 @@ class Method:
                 ("pretrain_steps", self.pretrain_steps >= 0, "0 or above"),
                 ("server_momentum", 0 <= self.server_momentum < 1, "in 0..1, without 1"),
                 ("drop", 0 <= self.drop < 1, "in 0..1, without 1"), ("share", 0 <= self.share <= 1, "in 0..1"),
-                ("temperature", self.temperature >= 0, "0 or above"),
+                ("temperature", self.temperature >= 0, "0 or above"), ("grain", self.grain >= 0, "0 or above"),
+                ("reject", 0 <= self.reject < 1, "in 0..1, without 1"),
                 ("at_home", self.at_home in ("", "norm", "all"), "'', 'norm' or 'all'"),
                 ("aggregate", self.aggregate in ("mean", "median", "clip"), "'mean', 'median' or 'clip'"),
                 ("content", self.content in ("synthetic", "real", "copies"), "'synthetic', 'real' or 'copies'"),
@@ -409,6 +416,7 @@ def exchange(clients: list[Client], federation: Federation, method: Method, seed
         return None
     return sharing.share(clients, federation, method.sharing, seed, budget=method.budget, draw=draw,
                          real=method.content == "real", restyled=method.restyled, temperature=method.temperature,
+                         reject=method.reject, grain=method.grain,
                          tamper=tamper)
 
 
