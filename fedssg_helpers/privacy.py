@@ -308,18 +308,19 @@ def lesions(job: experiment.Job) -> np.ndarray:
     return images.group[data.split(images, seed=job.seed)[1]]
 
 
-def worth(pool: sharing.Pool, federation, seed: int, steps: int = 200) -> float:
-    """What samples teach: balanced accuracy on the test images of a model that saw nothing else, 0..1.
+def taught(pool: sharing.Pool, federation, seed: int, steps: int = 200) -> np.ndarray:
+    """What samples teach: recall of each class (C,) on the test images, of a model that saw nothing but the samples.
 
-    A short stand-in for a whole run of rounds, `steps` of training at the server.
+    A short stand-in for a whole run of rounds, `steps` of training at the server. Its mean over classes, the balanced
+    accuracy, is called the samples' *worth* in the course.
     """
     net = SmallCNN(pool.images.shape[1], len(federation.classes), seed)
     weights = rounds.pretrain(net, pool, steps, seed)
-    return metrics.balanced_accuracy(rounds.evaluate(net, weights, federation).sum(0))
+    return metrics.recall(rounds.evaluate(net, weights, federation).sum(0))
 
 
 def trial(job: experiment.Job, options: dict, most: int = 100) -> dict[str, float]:
-    """One setting of the trade-off: `worth` of the samples and the attack's `figures`, for a seed's hospitals.
+    """One setting of the trade-off: worth of the samples (see `taught`) and the attack's `figures`, for a seed's hospitals.
 
     `options` are those of `sharing.offer_of`, and ``minimum`` of `sharing.Budget`.
     """
@@ -327,7 +328,7 @@ def trial(job: experiment.Job, options: dict, most: int = 100) -> dict[str, floa
     budget = sharing.Budget(minimum=rest.pop("minimum", generator.MINIMUM))
     shared = sharing.share(hospitals.clients, hospitals, "class_and_device", job.seed, budget=budget, **rest)
     table = membership(hospitals.clients, hospitals.test, shared.pool, groups=lesions(job), seed=job.seed, most=most)
-    return {"worth": worth(shared.pool, hospitals, job.seed), "samples": len(shared.pool),
+    return {"worth": float(np.nanmean(taught(shared.pool, hospitals, job.seed))), "samples": len(shared.pool),
             "rejected": int(shared.rejected.sum()), "bytes": shared.costs["bytes_up"]} | figures(table)
 
 
@@ -452,3 +453,20 @@ def fit_private(images: torch.Tensor, labels: torch.Tensor, classes: int, epsilo
         accountant.step(noise_multiplier=noise, sample_rate=chance)
     model.to_standard_module()
     return net, float("inf") if not noise else accountant.get_epsilon(delta)
+
+
+def private_offer_of(client: Client, numbers: np.ndarray, k: int, seed: int,
+                     epsilon: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`sharing.offer_of` with the private generator: `numbers` (C, D) samples of hospital k; images, labels, device.
+
+    The generator is told the (class, device) cell. Which cells and how many is the plan's choice, from reported counts
+    that are not private.
+    """
+    wanted = np.flatnonzero(numbers)
+    cells = torch.from_numpy(np.repeat(np.arange(numbers.size), numbers.ravel()))
+    images = [client.images[:0]]
+    if len(wanted):
+        own = client.labels * numbers.shape[1] + client.device
+        net, _ = fit_private(client.images, own, numbers.size, epsilon, seed, k)
+        images += [net.sample(int(c), int(numbers.flat[c]), rng(seed, "private samples", k, int(c))) for c in wanted]
+    return torch.cat(images), cells // numbers.shape[1], cells % numbers.shape[1]
