@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from kills import tiny_data
 
 from fedssg_helpers import experiment, rounds
 from fedssg_helpers.experiment import Job
@@ -13,14 +14,8 @@ from fedssg_helpers.experiment import Job
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> str:
-    """An own data set, two devices, 160 grey images; its path is the job's `data`."""
-    random = np.random.default_rng(0)
-    labels = random.choice(3, 160, p=[0.6, 0.3, 0.1])
-    labels[:6] = [0, 1, 2] * 2
-    images = random.integers(0, 180, (160, 16, 16), dtype=np.uint8) + (labels * 30).astype(np.uint8)[:, None, None]
-    path = tmp_path_factory.mktemp("data") / "tiny.npz"
-    np.savez(path, images=images, labels=labels, device=np.arange(160) % 2)
-    return str(path)
+    """Path of an own data set; it is the job's `data`."""
+    return tiny_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture()

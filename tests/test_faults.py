@@ -1,14 +1,13 @@
 """Hospitals that drop out, die, come late, lie or diverge; runs that are stopped, or killed at any moment."""
 from __future__ import annotations
 
-import multiprocessing
 import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from test_experiment import same, tiny  # noqa: F401 (a fixture)
+from kills import equal, killed_and_resumed, tiny_data
 from test_rounds import SHARE, federation
 
 from fedssg_helpers import checks, experiment, rounds
@@ -20,11 +19,6 @@ EVERY_MEMORY = {"momentum": Method(server_momentum=0.5), "scaffold": Method(scaf
                 "alone": METHODS["local_only"], "refresh": replace(SHARE, refresh=True, pretrain_steps=8, drop=0.2),
                 "statistics": replace(SHARE, device_statistics=True, share=0.3, decay=True),
                 "centre": METHODS["centralised"]}
-
-
-def equal(a: rounds.Run, b: rounds.Run) -> bool:
-    keep = [{k: v for k, v in run.costs.items() if "seconds" not in k} for run in (a, b)]
-    return same(a, b) and keep[0] == keep[1] and np.array_equal(a.took_part, b.took_part) and a.missed == b.missed
 
 
 # ------------------------------------------------------------------------------------------------- the same, whatever
@@ -204,33 +198,16 @@ def test_the_number_of_images_is_what_was_reported():
 
 # ------------------------------------------------------------------------------------------------------------- kill -9
 
-def test_twenty_kills_resume_to_the_same_bits(tiny, tmp_path):
+def test_twenty_kills_resume_to_the_same_bits(tmp_path):
     """kill -9 at a random moment after a random round, twenty times; the run that goes on ends as if nothing had been."""
-    processes = multiprocessing.get_context(experiment.START)
+    data = tiny_data(tmp_path)
     recipes = {"fedavg": None, "scaffold": None, "fedavgm": None, "local_normalisation": None,
                "shared": replace(METHODS["fedssg"], pretrain_steps=8, refresh=True)}
-    whole = {name: experiment.execute(Job(name, 0, 12, tiny, recipe=recipe), tmp_path / "whole")
-             for name, recipe in recipes.items()}
-    went_on = 0
+    jobs = [Job(name, 0, 12, data, recipe=recipe) for name, recipe in recipes.items()]
+    whole = [experiment.execute(job, tmp_path / "whole") for job in jobs]
+    left = []
     for trial in range(20):
-        name = list(recipes)[trial % 5]
-        job, random = Job(name, 0, 12, tiny, recipe=recipes[name]), rng(0, "kill", trial)
-        out = tmp_path / str(trial)
-        state = experiment.cache_file(job, out).with_suffix(".state.npz")
-        process, wanted = processes.Process(target=experiment.execute, args=(job, out)), int(random.integers(0, 9))
-        process.start()
-        while process.is_alive() and not (state.exists() and rounds_done(state) >= wanted):
-            time.sleep(0.002)
-        time.sleep(0.02 * random.random())
-        process.kill()
-        process.join()
-        went_on += state.exists()
-        assert equal(experiment.execute(job, out), whole[name]), (trial, name)
-    assert went_on >= 15  # a few may have been through
-
-
-def rounds_done(state) -> int:
-    try:
-        return len(experiment.restore(state, state.name.removesuffix(".state.npz")).took_part)
-    except ValueError:  # finished, and its state deleted, between the two looks
-        return 0
+        was_left, run = killed_and_resumed(jobs[trial % 5], tmp_path / str(trial), trial)
+        left.append(was_left)
+        assert equal(run, whole[trial % 5]), (trial, jobs[trial % 5])
+    assert sum(left) >= 15  # a few may have been through

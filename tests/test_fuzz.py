@@ -3,10 +3,11 @@ from __future__ import annotations
 
 import signal
 
+import damage
 import numpy as np
 import pytest
 
-from fedssg_helpers import course, damage, data
+from fedssg_helpers import course, data
 from fedssg_helpers.__main__ import main
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .data import HAM_CLASSES, HAM_DEVICES
-from .keys import rng
+from fedssg_helpers.data import HAM_CLASSES, HAM_DEVICES
+from fedssg_helpers.keys import rng
 
 KINDS = ("own", "ham10000", "medmnist", "table")  # your own .npz, ready HAM10000, a MedMNIST set, HAM10000's table
 N = 48
