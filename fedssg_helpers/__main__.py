@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib.util
 import os
 import shlex
@@ -79,7 +80,7 @@ def run(options: argparse.Namespace) -> None:
     folder = options.data_dir or os.environ.get("FEDSSG_DATA", "")
     folder = str(Path(folder).expanduser().resolve()) if folder else ""
     default = course.ROOT / "out" / f"run-{label}-{options.profile}"
-    out = (options.out or default).expanduser().resolve()
+    out = options.out = (options.out or default).expanduser().resolve()
 
     paths = course.lessons(options.lessons, options.only)
     common = {"data": name, "data_dir": folder, "out": str(out)} | course.PROFILES[options.profile]
@@ -237,10 +238,10 @@ def main(words: list[str] | None = None) -> int:
         )
         return 2
     except OSError as error:
-        print(
-            f"error: cannot read or write {error.filename or 'a file'}: {error.strerror or error}",
-            file=sys.stderr,
-        )
+        where = error.filename or getattr(options, "out", None) or "a file"
+        print(f"error: cannot read or write {where}: {error.strerror or error}", file=sys.stderr)
+        if error.errno == errno.ENOSPC and options.command == "run":
+            print(f"What ran is kept. When there is space again, go on with: {again}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nStopped." + (f" Go on with: {again}" if options.command == "run" else ""), file=sys.stderr)

@@ -22,6 +22,7 @@ LESSONS = ROOT / "notebooks"
 # The lessons' own defaults are the quick profile; the full one overrides these where a lesson declares them.
 PROFILES = {"quick": {}, "full": {"rounds": 40, "seeds": 3}}
 RECORD = "run.json"  # marks a folder as ours, and says which lesson was run with what
+LOCK = ".lock"  # held by the run that is writing to a folder
 
 
 class CourseError(Exception):
@@ -201,13 +202,40 @@ def execute(path: Path, target: Path, parameters: dict, bar) -> None:
 # --- the two commands ---
 
 
+@contextmanager
+def alone(out: Path):
+    """Within it, the output folder is there, is ours, and no other run writes to it; else a CourseError.
+
+    The lock is the operating system's: it goes with its process, however that ends, so a dead run blocks nobody.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / RECORD).exists() and {path.name for path in out.iterdir()} - {LOCK}:
+        raise CourseError(f"{out} holds files that no run of this course made: choose another --out")
+    with (out / LOCK).open("a+") as file:
+        try:
+            import fcntl
+
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise CourseError(
+                f"another run (process {file.read() or 'unknown'}) is writing to {out}: wait for it, or choose "
+                "another --out"
+            ) from None
+        except (ImportError, OSError):
+            pass  # Windows, or a file system without locks: nothing is checked
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
 def prepare(out: Path, paths: list[Path], resume: bool, everything: bool) -> dict:
     """The record of the output folder, made ready: what an earlier run left goes, unless resumed.
 
     A run of chosen lessons (`everything` false) clears only their own, so that the others' pages stay.
-    Raises CourseError for a folder that holds files but no record of ours.
+    Raises CourseError where the record is damaged.
     """
-    out.mkdir(parents=True, exist_ok=True)
     record = {"made_by": "python -m fedssg_helpers run", "lessons": {}}
     if (out / RECORD).exists():
         try:
@@ -227,8 +255,6 @@ def prepare(out: Path, paths: list[Path], resume: bool, everything: bool) -> dic
             record["lessons"] = {
                 k: v for k, v in record["lessons"].items() if k not in {p.stem for p in paths}
             }
-    elif any(out.iterdir()):
-        raise CourseError(f"{out} holds files that no run of this course made: choose another --out")
     (out / "notebooks").mkdir(exist_ok=True)
     save_text(out / RECORD, json.dumps(record, indent=1))
     return record
@@ -251,8 +277,9 @@ def run(
     """
     import nbformat
 
-    record = prepare(out, paths, resume, everything)
-    with kernel_here(), progress(sum(len(nbformat.read(p, as_version=4).cells) for p in paths)) as bar:
+    total = sum(len(nbformat.read(p, as_version=4).cells) for p in paths)
+    with alone(out), kernel_here(), progress(total) as bar:
+        record = prepare(out, paths, resume, everything)
         for path in paths:
             target = out / "notebooks" / path.name
             entry = {

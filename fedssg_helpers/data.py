@@ -405,6 +405,8 @@ def _download(medmnist, info: dict, path: Path, size: int) -> None:
             os.replace(Path(folder) / path.name, path)
     except Exception as error:  # medmnist hides the network's own error behind a bare except: bring it back
         cause = error.__context__ or error
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause
         raise DataError(
             f"{path}: not there, and downloading it failed ({type(cause).__name__}: {cause}). {by_hand}"
         ) from error

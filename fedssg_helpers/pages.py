@@ -65,8 +65,12 @@ def stripped(notebook, keep_dials: bool = False):
 def save_text(path: Path, text: str) -> None:
     """Write a text file so that a reader meets either the old one or the new one, never a part."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
+    try:
+        part.write_text(text, encoding="utf-8")
+        os.replace(part, path)
+    except OSError:  # no space, perhaps: leave the old one, and no part of the new one
+        part.unlink(missing_ok=True)
+        raise
 
 
 def page(notebook_path: Path, pictures: Path) -> str:

@@ -72,7 +72,7 @@ def test_the_same_files_undamaged_are_good(command, tmp_path, monkeypatch):
 
 
 def test_the_damage_is_the_same_every_time(tmp_path):
-    one, two = ([(way, file.read_bytes()) for way, _, _, file in damage.files(tmp_path / place, 24)] for place in "ab")
+    one, two = ([(way, file.read_bytes()) for way, _, _, file in damage.files(tmp_path / name, 24)] for name in "ab")
     assert one == two
     other = [(way, file.read_bytes()) for way, _, _, file in damage.files(tmp_path / "c", 24, seed=1)]
     assert one != other
