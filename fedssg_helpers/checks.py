@@ -19,6 +19,7 @@ FEWEST = 8  # a source of so many samples is judged by its images
 STRANGE = 0.25  # ... and refused where it is stranger than this and three times the median, see `strangeness`
 EXPECTED = 5.0  # a source is judged by its labels where an honest one would agree by this many standard deviations
 AGREEING = 0.25  # ... and refused where it agrees by less than this part of that
+ALONE = 2.5  # ... less so many standard deviations, where nobody else has its device
 
 
 def weights_refusal(update, like: torch.Tensor, images, reported: int) -> str:
@@ -123,7 +124,7 @@ def _centred(x: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
 
 
 def strangeness(pool) -> dict[int, float]:
-    """Part of the variation of each source's images, 0..1, that the main ways in which the others' vary do not express.
+    """Part of the variation of each source's images, 0..1, that the others' main ways to vary do not express.
 
     The main ways: the first quarter of the principal components of the other sources' images. Noise about 0.75, all
     images alike 1; honest hospitals of any device 0.01 to 0.04 (colour) and 0.06 to 0.20 (grey, fewer components).
@@ -210,8 +211,19 @@ def _strange(pool) -> list[tuple[float, int, str]]:
 
 
 def _disagreeing(pool, classes: int) -> list[tuple[float, int, str]]:
-    """Sources whose labels do not go with their images: (how much is lacking, which, reason)."""
-    return [(AGREEING * expected - found, k, f"its labels do not go with its images as the others' do: agreement "
-             f"{found:.1f}, expected {expected:.1f} (random labels: 0, give or take 1); it must check both")
-            for k, (found, expected) in agreement(pool, classes).items()
-            if expected >= EXPECTED and found < AGREEING * expected]
+    """The source whose labels go least with its images, if that is too little: [(how much is lacking, which, reason)].
+
+    Where nobody else has a source's device, nobody knows how classes look there: such a source gets the benefit of
+    the doubt, `ALONE` standard deviations of it. Where it is the most doubtful one, all others get it too, as it
+    may be the one that they disagree with.
+    """
+    owners, agreed = set(zip(pool.source.tolist(), pool.device.tolist())), agreement(pool, classes)
+    devices = [d for _, d in owners]
+    alone = {k for k, d in owners if devices.count(d) == 1}
+    lacking = {k: AGREEING * expected - found for k, (found, expected) in agreed.items() if expected >= EXPECTED}
+    worst = max(lacking, key=lacking.get, default=None)
+    if worst is None or lacking[worst] <= ALONE * (worst in alone):
+        return []
+    found, expected = agreed[worst]
+    return [(lacking[worst], worst, f"its labels do not go with its images as the others' do: agreement {found:.1f}, "
+             f"expected {expected:.1f} (random labels: 0, give or take 1); it must check both")]
