@@ -15,9 +15,12 @@ random act is keyed by (seed, partition id, round), and replies are sorted by it
 """
 from __future__ import annotations
 
+import datetime
+import ipaddress
 import json
 import logging
 import os
+import shlex
 import tempfile
 import time
 from dataclasses import dataclass
@@ -48,6 +51,7 @@ from .partition import Client, Federation
 from .rounds import Faults, Method, Run
 
 PARTS = ("images", "labels", "device")  # of a Client
+AGGREGATES = {"mean": engine.average, "median": engine.median, "clip": engine.clipped}
 
 
 # ---------------------------------------- what a hospital holds
@@ -370,10 +374,11 @@ def serve(grid: Grid, method: Method, seed: int, *, rounds: int, hospitals: int,
                 absent[k] = why
         run.missed += [(r + 1, k, why) for k, why in sorted(absent.items())]
         here = [k for k in answers if k not in absent]
-        if not here:
-            raise ValueError(f"no update of round {r + 1} can be used; the hospitals' reasons: {absent}")
+        if not here and (answers or not line.nodes):
+            raise ValueError(f"no update of round {r + 1} can be used, by hospital: {absent}")
         run.took_part[r, here] = True
-        mean = engine.AGGREGATES[method.aggregate]([(answers[k][0]["weights"], images[k]) for k in here], weights)
+        updates = [(answers[k][0]["weights"], images[k]) for k in here]
+        mean = AGGREGATES[method.aggregate](updates, weights) if here else weights  # nobody was there: as it was
         speed = method.server_momentum * speed + (weights - mean)
         weights = weights - speed if method.server_momentum else mean
         costs["bytes_up"] += 4 * len(weights) * len(answers)
@@ -425,10 +430,12 @@ def simulate(federation: Federation, method: Method, seed: int, *, cores: int = 
     with tempfile.TemporaryDirectory() as folder:
         save_hospitals(federation, folder)
         run_simulation(app, app_of_hospitals(folder), len(federation.clients), backend_config={
-            "init_args": {"num_cpus": cores, "include_dashboard": False, "_node_ip_address": "127.0.0.1"},
+            "init_args": {"num_cpus": cores, "include_dashboard": False, "log_to_driver": False},
             "client_resources": {"num_cpus": 1}})
     return result[0]
 
+
+# ---------------------------------------- as an app: what `flwr run` and SuperNodes start
 
 client_app = app_of_hospitals()
 server_app = ServerApp()
@@ -443,3 +450,134 @@ def _main(grid: Grid, context: Context) -> None:
     run = serve(grid, experiment.recipe(experiment.Job(config["method"])), config["seed"], rounds=config["rounds"],
                 hospitals=config["hospitals"], patience=float(config["patience"]), tell=lambda line: print(line, flush=True))
     experiment.save(run, Path(config["result"]))
+
+
+# The app is no more than this description: every hospital runs the helpers that it has installed itself.
+APP = """[project]
+name = "fedssg"
+version = "0.1.0"
+description = "Federated medical image classification with synthetic sample sharing, for teaching"
+license = "MIT"
+dependencies = []
+
+[tool.flwr.app]
+publisher = "course"
+
+[tool.flwr.app.components]
+serverapp = "fedssg_helpers.flower:server_app"
+clientapp = "fedssg_helpers.flower:client_app"
+
+[tool.flwr.app.config]
+method = "fedavg"  # a name in experiment.METHODS
+seed = 0
+rounds = 3
+hospitals = 3  # how many the server waits for
+patience = 600.0  # seconds that an answer may take
+result = "run.npz"  # where the server writes it, see experiment.restore
+folder = ""  # simulation only: where the hospitals' files are
+"""
+CONFIG = """[superlink.simulation]
+address = "127.0.0.1:{port}"
+insecure = true
+
+[superlink.hospitals]
+address = "127.0.0.1:{port}"
+root-certificates = "{folder}/ca.crt"
+"""
+
+
+def certificates(folder, hosts=("localhost", "127.0.0.1"), days: int = 365) -> None:
+    """A certificate for the server, and the authority that hospitals know it by: server.crt, server.key, ca.crt.
+
+    The authority's own key is not kept, so nobody can sign a second server with it. A real network uses the
+    certificates of its institution.
+    """
+    from cryptography import x509  # here, because it comes with Flower
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    def name(common: str) -> x509.Name:
+        return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, common)])
+
+    def certificate(subject: str, key, authority: bool, *extensions) -> bytes:
+        now, usage = datetime.datetime.now(datetime.UTC), dict.fromkeys((
+            "content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "encipher_only",
+            "decipher_only"), False)
+        builder = x509.CertificateBuilder(name("course authority"), name(subject), key.public_key(),
+                                          x509.random_serial_number(), now, now + datetime.timedelta(days))
+        for extension in (x509.BasicConstraints(authority, None), *extensions, x509.KeyUsage(
+                digital_signature=not authority, key_cert_sign=authority, crl_sign=authority, **usage),
+                x509.SubjectKeyIdentifier.from_public_key(key.public_key()),
+                x509.AuthorityKeyIdentifier.from_issuer_public_key(root.public_key())):
+            builder = builder.add_extension(extension, critical=isinstance(extension, x509.BasicConstraints))
+        return builder.sign(root, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+    folder, root, key = Path(folder), ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    names = [x509.IPAddress(ipaddress.ip_address(host)) if host[0].isdigit() else x509.DNSName(host) for host in hosts]
+    (folder / "ca.crt").write_bytes(certificate("course authority", root, True))
+    (folder / "server.crt").write_bytes(certificate("course server", key, False, x509.SubjectAlternativeName(names)))
+    _write_secret(folder / "server.key", key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+
+
+def identity(folder, k: int) -> None:
+    """A key pair that hospital k proves its name with: hospital_<k>.key stays with it, hospital_<k>.pub is registered."""
+    from cryptography.hazmat.primitives import serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP384R1())
+    _write_secret(Path(folder) / f"hospital_{k}.key", key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()))
+    (Path(folder) / f"hospital_{k}.pub").write_bytes(key.public_key().public_bytes(
+        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH))
+
+
+def _write_secret(file: Path, secret: bytes) -> None:
+    file.touch(mode=0o600)
+    file.write_bytes(secret)
+
+
+def prepare(federation: Federation, folder, port: int = 9092) -> None:
+    """All files of a run on this machine: hospitals' data, keys and certificates, the app, and where `flwr` finds it."""
+    folder = Path(folder).resolve()
+    for name, text in (("app/pyproject.toml", APP), ("flwr/config.toml", CONFIG.format(port=port, folder=folder))):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    save_hospitals(federation, folder)
+    certificates(folder)
+    for k in range(len(federation.clients)):
+        identity(folder, k)
+
+
+def commands(hospitals: int, simulated: bool, port: int = 9092, **config) -> dict[str, str]:
+    """What to type, each line in a terminal of its own in the folder that `prepare` filled; in this order.
+
+    Parameters
+    ----------
+    simulated : bool
+        True: the hospitals are simulated by one process. False: each is a process with its own file, over TLS.
+    port : int
+        Of the server; the hospitals' SuperNodes use the next ones, each for its own subprocesses.
+    config
+        Of the run: method, seed, rounds, patience, result (see `APP`).
+    """
+    def settings(**values) -> str:
+        return shlex.quote(" ".join(f"{name}={json.dumps(value)}" for name, value in values.items()))
+
+    config |= {"hospitals": hospitals}
+    server = f"flower-superlink --host 127.0.0.1 --port {port} --disable-runtime-dependency-installation"
+    run = "FLWR_HOME=flwr flwr run app --stream"
+    if simulated:
+        engine_settings = settings(**{"num-supernodes": hospitals, "client-resources-num-cpus": 1, "init-args-num-cpus": 2})
+        return {"server": f"FLWR_HOME=server {server} --simulation --insecure",
+                "run": f"{run} simulation --federation-config {engine_settings} --run-config {settings(**config)}"}
+    lines = {"server": f"FLWR_HOME=server {server} --ssl-certfile server.crt --ssl-keyfile server.key "
+                       "--ssl-ca-certfile ca.crt --enable-supernode-auth"}
+    for k in range(hospitals):
+        lines[f"register {k}"] = f"FLWR_HOME=flwr flwr supernode register hospital_{k}.pub hospitals"
+    for k in range(hospitals):
+        node = settings(**{"partition-id": k, "data": f"hospital_{k}.npz"})
+        lines[f"hospital {k}"] = (f"FLWR_HOME=node_{k} flower-supernode --superlink 127.0.0.1:{port} --port {port + 1 + k} "
+                                  f"--root-certificates ca.crt --auth-supernode-private-key hospital_{k}.key "
+                                  f"--node-config {node}")
+    return lines | {"run": f"{run} hospitals --run-config {settings(**config)}"}
