@@ -28,7 +28,8 @@ from . import metrics, partition, rounds
 from .rounds import Method, Run
 
 # Modules that change no number of a run (of this one, what counts is in the job: the method's own fields).
-UNCOUNTED = ("experiment.py", "course.py", "pages.py", "__main__.py", "plots.py", "explore.py", "privacy.py")
+UNCOUNTED = ("experiment.py", "course.py", "pages.py", "__main__.py", "plots.py", "explore.py", "privacy.py",
+             "flower.py")
 # How worker processes start: never by a fork of this one, whose threads a copy would lack.
 START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 # Every method at the default learning rate; appendix A1 lets each choose its own on validation images.

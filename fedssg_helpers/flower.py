@@ -51,7 +51,6 @@ from .partition import Client, Federation
 from .rounds import Faults, Method, Run
 
 PARTS = ("images", "labels", "device")  # of a Client
-AGGREGATES = {"mean": engine.average, "median": engine.median, "clip": engine.clipped}
 
 
 # ---------------------------------------- what a hospital holds
@@ -63,11 +62,11 @@ def save_hospitals(federation: Federation, folder) -> list[Path]:
     Plain arrays, no pickle: images uint8 (N, C, H, W), labels and device int64 (N,), the same with ``test_`` in
     front, and the names of classes and devices.
     """
-    files = [Path(folder) / f"hospital_{k}.npz" for k in range(len(federation.clients))]
+    files, test = [Path(folder) / f"hospital_{k}.npz" for k in range(len(federation.clients))], federation.test
     for k, (file, client) in enumerate(zip(files, federation.clients)):
         np.savez_compressed(file, classes=np.array(federation.classes), devices=np.array(federation.devices),
                             **{part: getattr(client, part).numpy() for part in PARTS},
-                            **{f"test_{part}": getattr(federation.test, part)[k::len(files)].numpy() for part in PARTS})
+                            **{f"test_{part}": getattr(test, part)[k::len(files)].numpy() for part in PARTS})
     return files
 
 
@@ -118,8 +117,9 @@ def report(hospital: Federation, k: int, content: RecordDict, state: RecordDict)
 def offer(hospital: Federation, k: int, content: RecordDict, state: RecordDict) -> RecordDict:
     """Train the generator, and send as many samples of each cell as the server asks for."""
     (tensors, facts), began = opened(content), time.perf_counter()
+    options = {name: facts[name] for name in ("temperature", "reject", "grain")}
     images, labels, device = sharing.offer_of(hospital.clients[0], tensors["numbers"].numpy(), k, facts["seed"],
-                                              temperature=facts["temperature"])
+                                              **options)
     return letter({"labels": labels, "device": device}, pictures=sharing.packed(images),
                   seconds=time.perf_counter() - began)
 
@@ -137,8 +137,8 @@ def update(hospital: Federation, k: int, content: RecordDict, state: RecordDict)
         raise RuntimeError(why)
     method = Method(**json.loads(facts["method"]))
     place = engine.places_of(hospital.clients, hospital, method, facts["seed"], _received(hospital, state))[0]
-    weights = engine.local_update(_net(hospital), place, tensors["weights"], k, facts["round"], rounds=facts["rounds"],
-                                  seed=facts["seed"], method=method, styles=tensors.get("styles"))
+    weights = engine.local_update(_net(hospital), place, tensors["weights"], k, facts["round"], seed=facts["seed"],
+                                  rounds=facts["rounds"], method=method, styles=tensors.get("styles"))
     return letter({"weights": weights}, images=place.own, seconds=time.perf_counter() - began)
 
 
@@ -251,8 +251,8 @@ def gathered(grid: Grid, hospitals: int, patience: float) -> tuple[Line, dict[in
                                  f"{hospitals - 1}: set partition-id in its node config")
             nodes[k], reports[k] = node, (tensors, facts)
         if time.monotonic() > end:
-            raise ValueError(f"only hospitals {sorted(nodes)} of 0 to {hospitals - 1} were there within {patience:.0f} "
-                             "seconds; start the others, or ask for fewer")
+            raise ValueError(f"only hospitals {sorted(nodes)} of 0 to {hospitals - 1} were there within "
+                             f"{patience:.0f} seconds; start the others, or ask for fewer")
         time.sleep(0.2)
     for k, (_, facts) in reports.items():
         for what in ("classes", "devices", "shape"):
@@ -281,8 +281,8 @@ def collected(line: Line, method: Method, seed: int, have: np.ndarray, shape: tu
     """What `sharing.share` does up to the pool: plan from the reports (K, C, D), uploads asked for and checked."""
     agreed = sharing.plan(have, method.sharing, method.budget)
     answers, absent = line.ask("train.offer", {
-        k: letter({"numbers": torch.from_numpy(agreed.offer[k])}, seed=seed, temperature=method.temperature)
-        for k in line.nodes})
+        k: letter({"numbers": torch.from_numpy(agreed.offer[k])}, seed=seed, temperature=float(method.temperature),
+                  reject=float(method.reject), grain=float(method.grain)) for k in line.nodes})
     offers = [(torch.empty(0, *shape, dtype=torch.uint8), *torch.empty(2, 0, dtype=torch.int64))] * len(have)
     for k, (tensors, facts) in answers.items():
         run.costs["generator_seconds"] += facts["seconds"]
@@ -296,7 +296,8 @@ def collected(line: Line, method: Method, seed: int, have: np.ndarray, shape: tu
     return agreed, sharing.pool_of(offers)
 
 
-def dealt(line: Line, agreed: sharing.Plan, pool: sharing.Pool, seed: int, keep: torch.Tensor | None, run: Run) -> None:
+def dealt(line: Line, agreed: sharing.Plan, pool: sharing.Pool, seed: int, keep: torch.Tensor | None,
+          run: Run) -> None:
     """Send each hospital the pool rows that `sharing.deal` gives it (of them, those in `keep`)."""
     letters = {}
     for k in line.nodes:
@@ -361,7 +362,7 @@ def serve(grid: Grid, method: Method, seed: int, *, rounds: int, hospitals: int,
         if method.deal:
             dealt(line, agreed, pool, seed, keep, run)
 
-    recipe = json.dumps({name: value for name, value in vars(method).items() if name != "budget"})  # not the hospitals'
+    recipe = json.dumps({name: value for name, value in vars(method).items() if name != "budget"})
     tensors = {} if styles is None else {"styles": styles}
     speed = torch.zeros_like(weights)
     for r in range(rounds):
@@ -378,7 +379,7 @@ def serve(grid: Grid, method: Method, seed: int, *, rounds: int, hospitals: int,
             raise ValueError(f"no update of round {r + 1} can be used, by hospital: {absent}")
         run.took_part[r, here] = True
         updates = [(answers[k][0]["weights"], images[k]) for k in here]
-        mean = AGGREGATES[method.aggregate](updates, weights) if here else weights  # nobody was there: as it was
+        mean = engine.aggregate(method, updates, weights) if here else weights  # nobody was there: as it was
         speed = method.server_momentum * speed + (weights - mean)
         weights = weights - speed if method.server_momentum else mean
         costs["bytes_up"] += 4 * len(weights) * len(answers)
@@ -390,7 +391,8 @@ def serve(grid: Grid, method: Method, seed: int, *, rounds: int, hospitals: int,
     run.missed += [(rounds, k, f"not tested there: {why}") for k, why in absent.items()]
     if not answers:
         raise ValueError(f"no hospital could test the final weights: {absent}")
-    run.weights, run.confusions = weights.numpy(), sum(sent["confusions"] for sent, _ in answers.values()).numpy()[None]
+    run.weights = weights.numpy()
+    run.confusions = sum(sent["confusions"] for sent, _ in answers.values()).numpy()[None]
     costs["bytes_up"] += costs["bytes_samples_up"]
     costs["bytes_down"] += costs["bytes_samples_down"]
     tell(f"tested by {len(answers)} of {hospitals} hospitals")
@@ -401,8 +403,8 @@ def refusal(method: Method) -> str:
     """Why a method cannot run over a network, "" where it can."""
     for unfit, why in ((method.scaffold or method.at_home, "keeps weights of its own at each hospital"),
                        (method.trained_at != "hospitals", "trains in one place"),
-                       (method.content == "real", "would move real images, which is what a federation is there to avoid"),
-                       (method.content == "copies" or method.restyled or method.refresh, "changes what hospitals hold")):
+                       (method.content == "real", "would move real images"),
+                       (method.content == "copies" or method.restyled or method.refresh, "shares in a way of its own")):
         if unfit:
             return f"this method {why}; it runs in one process only, with rounds.run"
     return ""
@@ -448,7 +450,8 @@ def _main(grid: Grid, context: Context) -> None:
 
     config = context.run_config
     run = serve(grid, experiment.recipe(experiment.Job(config["method"])), config["seed"], rounds=config["rounds"],
-                hospitals=config["hospitals"], patience=float(config["patience"]), tell=lambda line: print(line, flush=True))
+                hospitals=config["hospitals"], patience=float(config["patience"]),
+                tell=lambda line: print(line, flush=True))
     experiment.save(run, Path(config["result"]))
 
 
@@ -513,7 +516,8 @@ def certificates(folder, hosts=("localhost", "127.0.0.1"), days: int = 365) -> N
         return builder.sign(root, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
     folder, root, key = Path(folder), ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    names = [x509.IPAddress(ipaddress.ip_address(host)) if host[0].isdigit() else x509.DNSName(host) for host in hosts]
+    names = [x509.IPAddress(ipaddress.ip_address(host)) if host[0].isdigit() else x509.DNSName(host)
+             for host in hosts]
     (folder / "ca.crt").write_bytes(certificate("course authority", root, True))
     (folder / "server.crt").write_bytes(certificate("course server", key, False, x509.SubjectAlternativeName(names)))
     _write_secret(folder / "server.key", key.private_bytes(
@@ -521,7 +525,7 @@ def certificates(folder, hosts=("localhost", "127.0.0.1"), days: int = 365) -> N
 
 
 def identity(folder, k: int) -> None:
-    """A key pair that hospital k proves its name with: hospital_<k>.key stays with it, hospital_<k>.pub is registered."""
+    """A key pair that hospital k proves its name with: hospital_<k>.key stays there, hospital_<k>.pub is registered."""
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
@@ -538,7 +542,7 @@ def _write_secret(file: Path, secret: bytes) -> None:
 
 
 def prepare(federation: Federation, folder, port: int = 9092) -> None:
-    """All files of a run on this machine: hospitals' data, keys and certificates, the app, and where `flwr` finds it."""
+    """All files of a run on this machine: hospitals' data, keys, certificates, the app, and the settings of `flwr`."""
     folder = Path(folder).resolve()
     for name, text in (("app/pyproject.toml", APP), ("flwr/config.toml", CONFIG.format(port=port, folder=folder))):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -568,16 +572,16 @@ def commands(hospitals: int, simulated: bool, port: int = 9092, **config) -> dic
     server = f"flower-superlink --host 127.0.0.1 --port {port} --disable-runtime-dependency-installation"
     run = "FLWR_HOME=flwr flwr run app --stream"
     if simulated:
-        engine_settings = settings(**{"num-supernodes": hospitals, "client-resources-num-cpus": 1, "init-args-num-cpus": 2})
+        nodes = settings(**{"num-supernodes": hospitals, "client-resources-num-cpus": 1, "init-args-num-cpus": 2})
         return {"server": f"FLWR_HOME=server {server} --simulation --insecure",
-                "run": f"{run} simulation --federation-config {engine_settings} --run-config {settings(**config)}"}
+                "run": f"{run} simulation --federation-config {nodes} --run-config {settings(**config)}"}
     lines = {"server": f"FLWR_HOME=server {server} --ssl-certfile server.crt --ssl-keyfile server.key "
                        "--ssl-ca-certfile ca.crt --enable-supernode-auth"}
     for k in range(hospitals):
         lines[f"register {k}"] = f"FLWR_HOME=flwr flwr supernode register hospital_{k}.pub hospitals"
     for k in range(hospitals):
         node = settings(**{"partition-id": k, "data": f"hospital_{k}.npz"})
-        lines[f"hospital {k}"] = (f"FLWR_HOME=node_{k} flower-supernode --superlink 127.0.0.1:{port} --port {port + 1 + k} "
-                                  f"--root-certificates ca.crt --auth-supernode-private-key hospital_{k}.key "
+        lines[f"hospital {k}"] = (f"FLWR_HOME=node_{k} flower-supernode --superlink 127.0.0.1:{port} --root-certificates "
+                                  f"ca.crt --auth-supernode-private-key hospital_{k}.key --port {port + 1 + k} "
                                   f"--node-config {node}")
     return lines | {"run": f"{run} hospitals --run-config {settings(**config)}"}
