@@ -57,16 +57,18 @@ PARTS = ("images", "labels", "device")  # of a Client
 
 
 def save_hospitals(federation: Federation, folder) -> list[Path]:
-    """Write one ``hospital_<k>.npz`` per hospital: its images, and every K-th test image as its part of the test.
+    """Write ``hospital_<k>/data.npz`` for each hospital: its images, and every K-th test image as its part.
 
     Plain arrays, no pickle: images uint8 (N, C, H, W), labels and device int64 (N,), the same with ``test_`` in
     front, and the names of classes and devices.
     """
-    files, test = [Path(folder) / f"hospital_{k}.npz" for k in range(len(federation.clients))], federation.test
+    test, number = federation.test, len(federation.clients)
+    files = [Path(folder) / f"hospital_{k}" / "data.npz" for k in range(number)]
     for k, (file, client) in enumerate(zip(files, federation.clients)):
+        file.parent.mkdir(exist_ok=True)
         np.savez_compressed(file, classes=np.array(federation.classes), devices=np.array(federation.devices),
                             **{part: getattr(client, part).numpy() for part in PARTS},
-                            **{f"test_{part}": getattr(test, part)[k::len(files)].numpy() for part in PARTS})
+                            **{f"test_{part}": getattr(test, part)[k::number].numpy() for part in PARTS})
     return files
 
 
@@ -87,7 +89,8 @@ def load_hospital(file) -> Federation:
                 client.images.shape[:1] == client.labels.shape == client.device.shape):
             raise DataError(f"{file}: images must be uint8 (N, C, H, W), with one label and one device for each. "
                             "Write it with flower.save_hospitals.")
-    return Federation([own], test, tuple(map(str, arrays["classes"])), tuple(map(str, arrays["devices"])), file.stem)
+    classes, devices = (tuple(map(str, arrays[names])) for names in ("classes", "devices"))
+    return Federation([own], test, classes, devices, file.parent.name)
 
 
 # ---------------------------------------- letters: what travels
@@ -173,8 +176,8 @@ def app_of_hospitals(folder: str = "") -> ClientApp:
             k, file = context.node_config["partition-id"], context.node_config.get("data")
             if file is None and "num-partitions" not in context.node_config:
                 raise ValueError("this SuperNode does not say which data it holds; start it with --node-config "
-                                 "'partition-id=0 data=\"hospital_0.npz\"'")
-            file = file or Path(folder or context.run_config["folder"]) / f"hospital_{k}.npz"
+                                 "'partition-id=0 data=\"data.npz\"'")
+            file = file or Path(folder or context.run_config["folder"]) / f"hospital_{k}" / "data.npz"
             return Message(work(load_hospital(file), k, message.content, context.state), reply_to=message)
         return answer
 
@@ -404,7 +407,7 @@ def refusal(method: Method) -> str:
     for unfit, why in ((method.scaffold or method.at_home, "keeps weights of its own at each hospital"),
                        (method.trained_at != "hospitals", "trains in one place"),
                        (method.content == "real", "would move real images"),
-                       (method.content == "copies" or method.restyled or method.refresh, "shares in a way of its own")):
+                       (method.content == "copies" or method.restyled or method.refresh, "shares in its own way")):
         if unfit:
             return f"this method {why}; it runs in one process only, with rounds.run"
     return ""
@@ -455,7 +458,7 @@ def _main(grid: Grid, context: Context) -> None:
     experiment.save(run, Path(config["result"]))
 
 
-# The app is no more than this description: every hospital runs the helpers that it has installed itself.
+# The app is no more than this description: it holds no code, and every hospital runs what it has installed itself.
 APP = """[project]
 name = "fedssg"
 version = "0.1.0"
@@ -477,7 +480,7 @@ rounds = 3
 hospitals = 3  # how many the server waits for
 patience = 600.0  # seconds that an answer may take
 result = "run.npz"  # where the server writes it, see experiment.restore
-folder = ""  # simulation only: where the hospitals' files are
+folder = ""  # simulation only: where `prepare` put the hospitals' files
 """
 CONFIG = """[superlink.simulation]
 address = "127.0.0.1:{port}"
@@ -489,10 +492,10 @@ root-certificates = "{folder}/ca.crt"
 """
 
 
-def certificates(folder, hosts=("localhost", "127.0.0.1"), days: int = 365) -> None:
-    """A certificate for the server, and the authority that hospitals know it by: server.crt, server.key, ca.crt.
+def certificate(hosts=("localhost", "127.0.0.1"), days: int = 365) -> tuple[bytes, bytes, bytes]:
+    """For TLS: the authority that hospitals trust, the server's certificate, signed by it, and its secret key.
 
-    The authority's own key is not kept, so nobody can sign a second server with it. A real network uses the
+    PEM texts. The authority's own key is thrown away, so nobody can sign a second server with it. A real network uses
     certificates of its institution.
     """
     from cryptography import x509  # here, because it comes with Flower
@@ -502,86 +505,93 @@ def certificates(folder, hosts=("localhost", "127.0.0.1"), days: int = 365) -> N
     def name(common: str) -> x509.Name:
         return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, common)])
 
-    def certificate(subject: str, key, authority: bool, *extensions) -> bytes:
-        now, usage = datetime.datetime.now(datetime.UTC), dict.fromkeys((
-            "content_commitment", "key_encipherment", "data_encipherment", "key_agreement", "encipher_only",
-            "decipher_only"), False)
+    def signed(subject: str, key, authority: bool, *more) -> bytes:
+        now = datetime.datetime.now(datetime.timezone.utc)
+        usage = dict.fromkeys(("content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
+                               "encipher_only", "decipher_only"), False)
         builder = x509.CertificateBuilder(name("course authority"), name(subject), key.public_key(),
                                           x509.random_serial_number(), now, now + datetime.timedelta(days))
-        for extension in (x509.BasicConstraints(authority, None), *extensions, x509.KeyUsage(
-                digital_signature=not authority, key_cert_sign=authority, crl_sign=authority, **usage),
-                x509.SubjectKeyIdentifier.from_public_key(key.public_key()),
-                x509.AuthorityKeyIdentifier.from_issuer_public_key(root.public_key())):
-            builder = builder.add_extension(extension, critical=isinstance(extension, x509.BasicConstraints))
+        builder = builder.add_extension(x509.BasicConstraints(authority, None), critical=True)
+        for extension in (x509.SubjectKeyIdentifier.from_public_key(key.public_key()),
+                          x509.AuthorityKeyIdentifier.from_issuer_public_key(root.public_key()),
+                          x509.KeyUsage(digital_signature=not authority, key_cert_sign=authority, crl_sign=authority,
+                                        **usage), *more):
+            builder = builder.add_extension(extension, critical=False)
         return builder.sign(root, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
 
-    folder, root, key = Path(folder), ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    names = [x509.IPAddress(ipaddress.ip_address(host)) if host[0].isdigit() else x509.DNSName(host)
-             for host in hosts]
-    (folder / "ca.crt").write_bytes(certificate("course authority", root, True))
-    (folder / "server.crt").write_bytes(certificate("course server", key, False, x509.SubjectAlternativeName(names)))
-    _write_secret(folder / "server.key", key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+    root, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
+    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(host)) if host[0].isdigit() else
+                                         x509.DNSName(host) for host in hosts])
+    secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
+                               serialization.NoEncryption())
+    return signed("course authority", root, True), signed("course server", key, False, names), secret
 
 
-def identity(folder, k: int) -> None:
-    """A key pair that hospital k proves its name with: hospital_<k>.key stays there, hospital_<k>.pub is registered."""
+def identity() -> tuple[bytes, bytes]:
+    """What a hospital proves its name with: a secret key that stays there, a public one to be registered."""
     from cryptography.hazmat.primitives import serialization
     from cryptography.hazmat.primitives.asymmetric import ec
 
     key = ec.generate_private_key(ec.SECP384R1())
-    _write_secret(Path(folder) / f"hospital_{k}.key", key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()))
-    (Path(folder) / f"hospital_{k}.pub").write_bytes(key.public_key().public_bytes(
-        serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH))
+    return (key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH,
+                              serialization.NoEncryption()),
+            key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH))
 
 
-def _write_secret(file: Path, secret: bytes) -> None:
-    file.touch(mode=0o600)
-    file.write_bytes(secret)
+def prepare(federation: Federation, folder, port: int = 9092) -> list[Path]:
+    """Fill one folder per participant: server, researcher, hospital_0, ... Each holds all that its owner has.
 
-
-def prepare(federation: Federation, folder, port: int = 9092) -> None:
-    """All files of a run on this machine: hospitals' data, keys, certificates, the app, and the settings of `flwr`."""
+    Returns
+    -------
+    list of Path
+        The files, in order of participants.
+    """
     folder = Path(folder).resolve()
-    for name, text in (("app/pyproject.toml", APP), ("flwr/config.toml", CONFIG.format(port=port, folder=folder))):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text, encoding="utf-8")
-    save_hospitals(federation, folder)
-    certificates(folder)
+    authority, public, secret = certificate()
+    files = {"server/ca.crt": authority, "server/server.crt": public, "server/server.key": secret,
+             "researcher/ca.crt": authority, "researcher/app/pyproject.toml": APP.encode(),
+             "researcher/config.toml": CONFIG.format(port=port, folder=folder / "researcher").encode()}
     for k in range(len(federation.clients)):
-        identity(folder, k)
+        own, known = identity()
+        files |= {f"researcher/hospital_{k}.pub": known, f"hospital_{k}/own.key": own,
+                  f"hospital_{k}/ca.crt": authority}
+    for name, content in files.items():
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch(mode=0o600 if file.suffix == ".key" else 0o644)
+        file.write_bytes(content)
+    return [*(folder / name for name in files), *save_hospitals(federation, folder)]
 
 
 def commands(hospitals: int, simulated: bool, port: int = 9092, **config) -> dict[str, str]:
-    """What to type, each line in a terminal of its own in the folder that `prepare` filled; in this order.
+    """What each participant types, in this order, in a terminal of its own that is in the folder of `prepare`.
 
     Parameters
     ----------
     simulated : bool
         True: the hospitals are simulated by one process. False: each is a process with its own file, over TLS.
     port : int
-        Of the server; the hospitals' SuperNodes use the next ones, each for its own subprocesses.
+        Of the server. The hospitals' SuperNodes talk to their own subprocesses on the next ones.
     config
-        Of the run: method, seed, rounds, patience, result (see `APP`).
+        Of the run: method, seed, rounds, patience, result, folder (see `APP`).
     """
-    def settings(**values) -> str:
+    def settings(values: dict) -> str:
         return shlex.quote(" ".join(f"{name}={json.dumps(value)}" for name, value in values.items()))
 
-    config |= {"hospitals": hospitals}
-    server = f"flower-superlink --host 127.0.0.1 --port {port} --disable-runtime-dependency-installation"
-    run = "FLWR_HOME=flwr flwr run app --stream"
+    server = (f"cd server && FLWR_HOME=. flower-superlink --host 127.0.0.1 --port {port} "
+              "--disable-runtime-dependency-installation")
+    run, asked = "cd researcher && FLWR_HOME=. flwr run app", settings({"hospitals": hospitals} | config)
     if simulated:
-        nodes = settings(**{"num-supernodes": hospitals, "client-resources-num-cpus": 1, "init-args-num-cpus": 2})
-        return {"server": f"FLWR_HOME=server {server} --simulation --insecure",
-                "run": f"{run} simulation --federation-config {nodes} --run-config {settings(**config)}"}
-    lines = {"server": f"FLWR_HOME=server {server} --ssl-certfile server.crt --ssl-keyfile server.key "
-                       "--ssl-ca-certfile ca.crt --enable-supernode-auth"}
+        nodes = settings({"num-supernodes": hospitals, "client-resources-num-cpus": 1, "init-args-num-cpus": 2})
+        return {"server": f"{server} --simulation --insecure",
+                "run": f"{run} simulation --stream --federation-config {nodes} --run-config {asked}"}
+    lines = {"server": f"{server} --ssl-certfile server.crt --ssl-keyfile server.key --ssl-ca-certfile ca.crt "
+                       "--enable-supernode-auth"}
     for k in range(hospitals):
-        lines[f"register {k}"] = f"FLWR_HOME=flwr flwr supernode register hospital_{k}.pub hospitals"
+        lines[f"register {k}"] = f"cd researcher && FLWR_HOME=. flwr supernode register hospital_{k}.pub hospitals"
     for k in range(hospitals):
-        node = settings(**{"partition-id": k, "data": f"hospital_{k}.npz"})
-        lines[f"hospital {k}"] = (f"FLWR_HOME=node_{k} flower-supernode --superlink 127.0.0.1:{port} --root-certificates "
-                                  f"ca.crt --auth-supernode-private-key hospital_{k}.key --port {port + 1 + k} "
-                                  f"--node-config {node}")
-    return lines | {"run": f"{run} hospitals --run-config {settings(**config)}"}
+        node = settings({"partition-id": k, "data": "data.npz"})
+        lines[f"hospital {k}"] = (f"cd hospital_{k} && FLWR_HOME=. flower-supernode --superlink 127.0.0.1:{port} "
+                                  f"--root-certificates ca.crt --auth-supernode-private-key own.key "
+                                  f"--port {port + 1 + k} --node-config {node}")
+    return lines | {"run": f"{run} hospitals --stream --run-config {asked}"}
