@@ -5,6 +5,7 @@ each other method is one of those fields, and each field is one or two lines bel
 """
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections import deque
@@ -574,7 +575,7 @@ def run(federation: Federation, method: Method, seed: int, *, rounds: int, epoch
         return Setup(federation, method, seed, rounds, nets, places, styles, _kept(nets[0], method))
 
     now = setup()
-    so_far = go_on or _before_the_first_round(now, start, shared, server_seconds)
+    so_far = copy.deepcopy(go_on) or _before_the_first_round(now, start, shared, server_seconds)
     if done > rounds or so_far.memory["weights"].shape != start.shape or so_far.took_part.shape[1] != len(now.places):
         raise ValueError(f"the run to go on from has {done} rounds of {so_far.took_part.shape[1]} hospitals and "
                          f"{len(so_far.weights)} weights; it belongs to other parameters than this one")

@@ -52,6 +52,19 @@ def test_a_stopped_run_is_usable():
     assert np.array_equal(run.confusions[-1].sum((1, 2)), [30, 30])
 
 
+def test_going_on_leaves_the_earlier_run_as_it_was():
+    short = rounds.run(federation(), Method(scaffold=True), 0, rounds=3, after_round=lambda r, run: stop_at(r, 1))
+    before = short.weights.copy(), short.memory["controls"].clone()
+    ends = [rounds.run(federation(), Method(scaffold=True), 0, rounds=3, go_on=short) for _ in range(2)]
+    assert equal(*ends) and len(short.took_part) == 1 and ends[0] is not short
+    assert np.array_equal(short.weights, before[0]) and torch.equal(short.memory["controls"], before[1])
+
+
+def stop_at(r: int, end: int) -> None:
+    if r == end:
+        raise rounds.Stop
+
+
 def test_going_on_from_another_run_is_refused():
     short = rounds.run(federation(), Method(), 0, rounds=2)
     for other, options in ((federation((60, 33)), {"rounds": 3}), (federation(), {"rounds": 1})):
