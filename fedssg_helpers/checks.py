@@ -211,7 +211,7 @@ def _strange(pool) -> list[tuple[float, int, str]]:
 
 
 def _disagreeing(pool, classes: int) -> list[tuple[float, int, str]]:
-    """The source whose labels go least with its images, if that is too little: [(how much is lacking, which, reason)].
+    """The source whose labels go least with its images, where that is too little: [(how much, which, reason)].
 
     Where nobody else has a source's device, nobody knows how classes look there: such a source gets the benefit of
     the doubt, `ALONE` standard deviations of it. Where it is the most doubtful one, all others get it too, as it
