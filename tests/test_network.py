@@ -69,7 +69,10 @@ def test_importing_loading_and_training_stay_on_this_machine(guarded):
     work = f"""
 import importlib
 for name in {modules}:
-    importlib.import_module("fedssg_helpers." + name)
+    try:
+        importlib.import_module("fedssg_helpers." + name)
+    except ImportError as error:
+        assert "extra" in str(error), error  # an optional part that is not installed
 from fedssg_helpers import data, experiment, partition, rounds
 federation = partition.federation(data.load("phantom"), 0, count=3)
 rounds.run(federation, rounds.Method(sharing="class_and_device", pretrain_steps=4), 0, rounds=1)
