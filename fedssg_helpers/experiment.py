@@ -12,6 +12,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import threading
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,8 +29,6 @@ from .rounds import Method, Run
 # Modules that change no number of a run (of this one, what counts is in the job: the method's own fields).
 UNCOUNTED = ("experiment.py", "course.py", "pages.py", "__main__.py", "plots.py", "explore.py", "privacy.py",
              "flower.py")
-# How worker processes start: never by a fork of this one, whose threads a copy would lack.
-START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 # Every method at the default learning rate; appendix A1 lets each choose its own on validation images.
 ADJUSTED = Method(logit_adjustment=True)
 FEDSSG = replace(ADJUSTED, sharing="class_and_device", pretrain_steps=600)
@@ -209,9 +208,24 @@ def _compute(job: Job, file: Path, tick=lambda: None, workers: int = 1) -> None:
     state.unlink(missing_ok=True)
 
 
+def processes():
+    """The multiprocessing context of worker processes: never forks of this one, whose threads a copy would lack."""
+    if "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # one clean process imports PyTorch, once; workers are its copies
+    return context
+
+
 def _start(counter) -> None:
     global _counter
     _counter = counter
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()
+    os._exit(1)  # whoever asked for this work was killed; its state is on disk
 
 
 def _tick() -> None:
@@ -252,9 +266,7 @@ def run_many(jobs: list[Job], out: str = "", workers: int = 2) -> list[Run]:
             for job in todo:  # in this process, with hospitals side by side
                 _compute(job, files[job], bar.update, workers)
         elif todo:
-            context = multiprocessing.get_context(START)
-            if START == "forkserver":  # one clean process imports PyTorch, once; workers are its copies
-                context.set_forkserver_preload([__name__])
+            context = processes()
             counter = context.Value("i", 0)
             with ProcessPoolExecutor(min(workers, len(todo)), context, _start, (counter,)) as pool:
                 pending = {pool.submit(_work, job, files[job]) for job in todo}

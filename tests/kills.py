@@ -1,7 +1,6 @@
 """kill -9 at a random moment, and going on: tests and the trust appendix use it."""
 from __future__ import annotations
 
-import multiprocessing
 import time
 from pathlib import Path
 
@@ -38,7 +37,7 @@ def killed_and_resumed(job: Job, out: Path, trial: int) -> tuple[bool, rounds.Ru
     """
     state = experiment.cache_file(job, out).with_suffix(".state.npz")
     random = rng(0, "kill", trial)
-    process = multiprocessing.get_context(experiment.START).Process(target=experiment.execute, args=(job, out))
+    process = experiment.processes().Process(target=experiment.execute, args=(job, out))
     wanted = int(random.integers(job.rounds - 3))
     process.start()
     while process.is_alive() and not (state.exists() and rounds_done(state) >= wanted):

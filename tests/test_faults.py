@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from kills import equal, killed_and_resumed, tiny_data
+from kills import equal, killed_and_resumed, rounds_done, tiny_data
 from test_rounds import SHARE, federation
 
 from fedssg_helpers import checks, experiment, rounds
@@ -224,3 +224,19 @@ def test_twenty_kills_resume_to_the_same_bits(tmp_path):
         left.append(was_left)
         assert equal(run, whole[trial % 5]), (trial, jobs[trial % 5])
     assert sum(left) >= 15  # a few may have been through
+
+
+def test_a_killed_comparison_leaves_no_worker_behind(tmp_path):
+    jobs = [Job("fedavg", seed, 20_000, tiny_data(tmp_path)) for seed in (0, 1)]
+    states = [experiment.cache_file(job, tmp_path).with_suffix(".state.npz") for job in jobs]
+    parent = experiment.processes().Process(target=experiment.run_many, args=(jobs, str(tmp_path)))
+    parent.start()
+    while not all(state.exists() for state in states):
+        assert parent.is_alive()
+        time.sleep(0.05)
+    parent.kill()
+    parent.join()
+    patience = time.monotonic() + 60
+    while (done := [rounds_done(state) for state in states]) != (time.sleep(3) or [rounds_done(s) for s in states]):
+        assert time.monotonic() < patience
+    assert max(done) < 20_000  # they ended with whoever had asked, not when they were through
