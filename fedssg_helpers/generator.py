@@ -342,6 +342,23 @@ def limits(images: torch.Tensor, cells: torch.Tensor, part: float, few: int = 40
     return {c: float(a.quantile(part) if numbers[c] >= few else a.median() * pooled) for c, a in own.items()}
 
 
+def ordinary(images: torch.Tensor, cells: torch.Tensor, most: float, sample: int = 200) -> torch.Tensor:
+    """Which images (N,), bool, are like others of their cell: the nearest is at most `most` times as far as usual.
+
+    Usual is the median of the cell. An image that is like no other has axes and codes of its own, and shines through in
+    samples; what it alone shows is also what other hospitals can use least. Each image is held against `sample` others.
+    """
+    keep, turns = torch.ones(len(images), dtype=torch.bool), orientations(images)
+    for c in torch.nonzero(torch.bincount(cells) >= MINIMUM)[:, 0].tolist():
+        rows = torch.nonzero(cells == c)[:, 0]
+        some = torch.linspace(0, len(rows) - 1, min(sample, len(rows))).long()
+        far = distances(images[rows], images[rows[some]], turns)
+        far[some, torch.arange(len(some))] = torch.inf
+        nearest = far.min(1)[0]
+        keep[rows] = nearest <= most * nearest.median()
+    return keep
+
+
 def fit(images: torch.Tensor, labels: torch.Tensor, cells: torch.Tensor, random: np.random.Generator, *,
         latent: int = 200, steps: int = 0) -> Generator:
     """All that a hospital does: closed form, `steps` of gradient training, density.

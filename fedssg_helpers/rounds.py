@@ -69,6 +69,8 @@ class Method:
         Privacy rejection at the source, see `sharing.offer_of`; 0: none.
     grain : float, >= 0
         Pixel noise put on samples at the source, in grey levels, see `sharing.offer_of`; 0: none.
+    odd : float, >= 0
+        Images like no other are not learnt from at the source, see `sharing.offer_of`; 0: all are.
     restyled : bool
         Re-render samples for the (class, device) cells that nobody owns, see `sharing.restyle`.
     drop : float, 0..1 (1 excluded)
@@ -103,6 +105,7 @@ class Method:
     temperature: float = 0.9
     reject: float = 0.0
     grain: float = 0.0
+    odd: float = 0.0
     restyled: bool = False
     drop: float = 0.0
     share: float = 0.0
@@ -118,6 +121,7 @@ class Method:
                 ("server_momentum", 0 <= self.server_momentum < 1, "in 0..1, without 1"),
                 ("drop", 0 <= self.drop < 1, "in 0..1, without 1"), ("share", 0 <= self.share <= 1, "in 0..1"),
                 ("temperature", self.temperature >= 0, "0 or above"), ("grain", self.grain >= 0, "0 or above"),
+                ("odd", self.odd >= 0, "0 or above"),
                 ("reject", 0 <= self.reject < 1, "in 0..1, without 1"),
                 ("at_home", self.at_home in ("", "norm", "all"), "'', 'norm' or 'all'"),
                 ("aggregate", self.aggregate in ("mean", "median", "clip"), "'mean', 'median' or 'clip'"),
@@ -417,7 +421,7 @@ def exchange(clients: list[Client], federation: Federation, method: Method, seed
         return None
     return sharing.share(clients, federation, method.sharing, seed, budget=method.budget, draw=draw,
                          real=method.content == "real", restyled=method.restyled, temperature=method.temperature,
-                         reject=method.reject, grain=method.grain,
+                         reject=method.reject, grain=method.grain, odd=method.odd,
                          tamper=tamper)
 
 

@@ -434,7 +434,7 @@ def share(clients: list[Client], federation: Federation, rule: str, seed: int, *
     tamper : callable (k, images, labels, device) -> the same three, optional
         What a faulty or malicious hospital k sends in place of its upload; for lessons and tests.
     options
-        Of the generator: latent, steps, temperature; of its protection: reject, grain; see `offer_of`.
+        Of the generator: latent, steps, temperature; of its protection: reject, grain, odd; see `offer_of`.
 
     Raises
     ------
@@ -468,7 +468,7 @@ def share(clients: list[Client], federation: Federation, rule: str, seed: int, *
 
 def offer_of(client: Client, numbers: np.ndarray, k: int, seed: int, *, draw: int = 0, latent: int = 200,
              steps: int = 0, temperature: float = 0.9, reject: float = 0.0,
-             grain: float = 0.0, rejected: np.ndarray | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+             grain: float = 0.0, odd: float = 0.0, rejected: np.ndarray | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What hospital k does: train its generator and sample `numbers` (C, D); gives images, labels, device.
 
     Nothing is trained where nothing is asked for. For latent, steps and temperature see `generator.fit` and
@@ -483,19 +483,22 @@ def offer_of(client: Client, numbers: np.ndarray, k: int, seed: int, *, draw: in
     grain : float, >= 0, grey levels
         Standard deviation of pixel noise put on the samples: without it all of them lie in one flat of `latent`
         dimensions, which says more of the images it was fitted to than any sample does (see `privacy.span`).
+    odd : float, >= 0
+        Images whose nearest other image of the cell is more than so many times as far as usual are not learnt from (see
+        `generator.ordinary`): they would shine through. 0: all are learnt from.
     rejected : int array (C, D), optional
         The number of samples rejected is added here.
 
     Raises
     ------
     ValueError
-        A cell is asked for of which the hospital has fewer than `generator.MINIMUM` images; `reject` or `grain` out of
-        range.
+        A cell is asked for of which the hospital has fewer than `generator.MINIMUM` images; `reject`, `grain` or `odd`
+        out of range.
     """
     if not 0 <= reject < 1:
         raise ValueError(f"reject is {reject}; it is the part of unseen images that come as near: 0..1, without 1")
-    if not grain >= 0:
-        raise ValueError(f"grain is {grain}; it must be 0 or more grey levels")
+    if not (grain >= 0 and odd >= 0):
+        raise ValueError(f"grain is {grain} and odd is {odd}; both must be 0 or more")
     devices = numbers.shape[1]
     own = torch.bincount(client.labels * devices + client.device, minlength=numbers.size).numpy()
     if (numbers.ravel()[own < generator.MINIMUM] > 0).any():
@@ -504,9 +507,13 @@ def offer_of(client: Client, numbers: np.ndarray, k: int, seed: int, *, draw: in
     images, served = [client.images[:0]], numbers.ravel().copy()
     if served.any():
         cells = client.labels * devices + client.device
-        model = generator.fit(client.images, client.labels, cells, rng(seed, "generator", k), latent=latent, steps=steps)
+        keep = generator.ordinary(client.images, cells, odd) if odd else slice(None)
+        model = generator.fit(client.images[keep], client.labels[keep], cells[keep], rng(seed, "generator", k),
+                              latent=latent, steps=steps)
+        if odd:  # too few ordinary images of a cell: nothing of it is offered
+            served[torch.bincount(cells[keep], minlength=len(served)).numpy() < generator.MINIMUM] = 0
         limits = generator.limits(client.images, cells, reject) if reject else {}
-        for cell in map(int, np.flatnonzero(numbers)):
+        for cell in map(int, np.flatnonzero(served)):
             random = rng(seed, f"samples {draw}", k, cell)
             drawn = model.sample(cell, served[cell], random, temperature)
             if reject:
