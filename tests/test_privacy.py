@@ -115,7 +115,7 @@ def test_off_means_off_and_grain_is_what_it_says(hospitals):
     inside = (plain > 25) & (plain < 230)
     assert 4.8 < float((grainy.float() - plain)[inside].std()) < 5.2
     assert torch.equal(grainy, sharing.offer_of(client, numbers, 1, 3, grain=5.0)[0])
-    for wrong in ({"reject": 1.0}, {"reject": -0.1}, {"grain": -1.0}):
+    for wrong in ({"reject": 1.0}, {"reject": -0.1}, {"grain": -1.0}, {"odd": -1.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             sharing.offer_of(client, numbers, 1, 3, **wrong)
 
@@ -202,13 +202,42 @@ def test_canaries_are_recovered_where_images_leak_and_only_there(hospitals, monk
     table, planted, nearest = privacy.canaries(hospitals.clients, hospitals.test, agreed, 0, number=3)
     assert len(table) == len(planted) == len(nearest) == 3 and not table.recovered.any()
     assert table.held.is_monotonic_increasing
+    table, _, _ = privacy.canaries(hospitals.clients, hospitals.test, agreed, 0, number=3, odd=2.0)
+    assert not table.noticed.any()
 
     def leaky(client, numbers, k, seed, **options):  # the last image is the one that was planted
-        return turn(client.images[-1:], 5), client.labels[-1:], client.device[-1:]
+        return turn(client.images[-9:], 5), client.labels[-9:], client.device[-9:]
 
     monkeypatch.setattr(sharing, "offer_of", leaky)
     table, _, _ = privacy.canaries(hospitals.clients, hospitals.test, agreed, 0, number=3)
     assert table.recovered.all() and table.noticed.all() and table.distance.max() < 0.1
+
+
+def test_resemblance_is_correlation_in_the_best_orientation():
+    samples = noise(6)
+    middle = samples.double().mean(0)
+    x, y = (samples[0].double() - middle).flatten(), (samples[1].double() - middle).flatten()
+    alike = privacy.resemblance(turn(samples[:1], 3), samples)[0]
+    assert float(alike[0]) > 0.9 and float(privacy.resemblance(samples[:1], samples, [0])[0, 0]) == pytest.approx(1)
+    assert float(privacy.resemblance(samples[:1], samples, [0])[0, 1]) == pytest.approx(float(x @ y / x.norm() / y.norm()))
+
+
+def test_images_like_no_other_are_not_learnt_from(hospitals, monkeypatch):
+    client, learnt = hospitals.clients[0], []
+    numbers = wish(client, 5)
+    c, d = np.argwhere(numbers)[0]
+    strange = privacy.plant(client, privacy.canary((3, 28, 28), rng(0, "test")), int(c), int(d))
+    keep = generator.ordinary(strange.images, strange.labels * 4 + strange.device, 2.0)
+    assert not keep[-1] and keep[:-1].float().mean() > 0.95
+    true_fit = generator.fit
+    monkeypatch.setattr(generator, "fit", lambda images, *a, **o: learnt.append(len(images)) or true_fit(images, *a, **o))
+    assert len(sharing.offer_of(strange, numbers, 0, 0, odd=2.0)[0]) == 5
+    assert learnt == [int(keep.sum())]
+    # A cell of which too few are ordinary is not offered at all, and that is no error.
+    monkeypatch.setattr(generator, "ordinary", lambda images, cells, most: cells != cells[0])
+    first = np.zeros((6, 4), int)
+    first[client.labels[0], client.device[0]] = 3
+    assert len(sharing.offer_of(client, first, 0, 0, odd=2.0)[0]) == 0
 
 
 def test_no_place_for_a_canary_is_said(hospitals):
