@@ -120,7 +120,7 @@ def report(hospital: Federation, k: int, content: RecordDict, state: RecordDict)
 def offer(hospital: Federation, k: int, content: RecordDict, state: RecordDict) -> RecordDict:
     """Train the generator, and send as many samples of each cell as the server asks for."""
     (tensors, facts), began = opened(content), time.perf_counter()
-    options = {name: facts[name] for name in ("temperature", "reject", "grain")}
+    options = {name: facts[name] for name in ("temperature", "reject", "grain", "odd")}
     images, labels, device = sharing.offer_of(hospital.clients[0], tensors["numbers"].numpy(), k, facts["seed"],
                                               **options)
     return letter({"labels": labels, "device": device}, pictures=sharing.packed(images),
@@ -285,7 +285,7 @@ def collected(line: Line, method: Method, seed: int, have: np.ndarray, shape: tu
     agreed = sharing.plan(have, method.sharing, method.budget)
     answers, absent = line.ask("train.offer", {
         k: letter({"numbers": torch.from_numpy(agreed.offer[k])}, seed=seed, temperature=float(method.temperature),
-                  reject=float(method.reject), grain=float(method.grain)) for k in line.nodes})
+                  reject=float(method.reject), grain=float(method.grain), odd=float(method.odd)) for k in line.nodes})
     offers = [(torch.empty(0, *shape, dtype=torch.uint8), *torch.empty(2, 0, dtype=torch.int64))] * len(have)
     for k, (tensors, facts) in answers.items():
         run.costs["generator_seconds"] += facts["seconds"]

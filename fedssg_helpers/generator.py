@@ -314,9 +314,9 @@ def distances(images: torch.Tensor, others: torch.Tensor, turns=range(8)) -> tor
 def apart(images: torch.Tensor, turns=range(8), most: int = 200) -> torch.Tensor:
     """How far images of one cell are from the nearest *other* one, float32 (min(N, most),); N >= 2.
 
-    That is what held-out images would show, measured without holding any out (leave-one-out). Pictures of one lesion or
-    patient would hide it, so pairs nearer than `TWINS` times the median are passed over: the measure is a little larger
-    than the plain one, and rejection by it stricter. Of large cells, `most` images are measured.
+    That is what held-out images would show, measured without holding any out (leave-one-out). Pictures of one lesion
+    or patient would hide it, so pairs nearer than `TWINS` times the median are passed over: the measure is a little
+    larger than the plain one, and rejection by it stricter. Of large cells, `most` images are measured.
     """
     rows = torch.linspace(0, len(images) - 1, min(most, len(images))).long()
     far = distances(images[rows], images, turns)
@@ -325,7 +325,7 @@ def apart(images: torch.Tensor, turns=range(8), most: int = 200) -> torch.Tensor
 
 
 def limits(images: torch.Tensor, cells: torch.Tensor, part: float, few: int = 40) -> dict[int, float]:
-    """How near to a hospital's own images of a cell a sample may come, in grey levels: the quantile `part` of `apart`.
+    """How near to a hospital's own images of a cell a sample may come, in grey levels: quantile `part` of `apart`.
 
     A cell of fewer than `few` images has no fifth percentile worth the name: it takes the hospital's pooled one,
     measured in units of each cell's median. Cells with fewer than `MINIMUM` images are left out.
@@ -345,8 +345,9 @@ def limits(images: torch.Tensor, cells: torch.Tensor, part: float, few: int = 40
 def ordinary(images: torch.Tensor, cells: torch.Tensor, most: float, sample: int = 200) -> torch.Tensor:
     """Which images (N,), bool, are like others of their cell: the nearest is at most `most` times as far as usual.
 
-    Usual is the median of the cell. An image that is like no other has axes and codes of its own, and shines through in
-    samples; what it alone shows is also what other hospitals can use least. Each image is held against `sample` others.
+    Usual is the median of the cell. An image that is like no other has axes and codes of its own, and shines
+    through in samples; what it alone shows is also what other hospitals can use least. Each image is held against
+    `sample` others.
     """
     keep, turns = torch.ones(len(images), dtype=torch.bool), orientations(images)
     for c in torch.nonzero(torch.bincount(cells) >= MINIMUM)[:, 0].tolist():

@@ -155,8 +155,8 @@ def pairs(clients: list[Client], outside: Client, pool: sharing.Pool, seed: int 
     DataFrame
         One row per sample: row (in the pool), source, class, device, held, image (row at the source), distance (grey
         levels), usual (median distance of two such images at the source, see `generator.apart`), ratio: distance
-        to the nearest training image over that to the nearest outside image, both out of equally many; 1 where a sample
-        knows training images no better than unseen ones, NaN where there are no unseen ones.
+        to the nearest training image over that to the nearest outside image, both out of equally many; 1 where a
+        sample knows training images no better than unseen ones, NaN where there are no unseen ones.
     """
     parts = []
     cells = torch.stack([pool.source, pool.labels, pool.device], 1)
@@ -211,8 +211,8 @@ def canaries(clients: list[Client], outside: Client, agreed: sharing.Plan, seed:
 
     *Recovered*: a sample of its cell is nearer to the canary than all but 1 % of unseen images of the cell come to an
     image at the source (of fewer than 100, than the nearest of them): as good as a copy. *Noticed* asks for much less
-    (the exposure of Carlini et al. 2019, arXiv 1802.08232): a sample resembles it (`resemblance`) more than 99 % of 500
-    other mosaics that were not planted. Without any leak, one of a hundred is noticed by chance.
+    (the exposure of Carlini et al. 2019, arXiv 1802.08232): a sample resembles it (`resemblance`) more than 99 % of
+    500 other mosaics that were not planted. Without any leak, one of a hundred is noticed by chance.
 
     Parameters
     ----------
@@ -223,9 +223,9 @@ def canaries(clients: list[Client], outside: Client, agreed: sharing.Plan, seed:
     Returns
     -------
     DataFrame, uint8 tensors (number, C, H, W)
-        A row per canary: source, class, device, held, distance (of the nearest sample, grey levels), copy (the distance
-        below which it is recovered), recovered, noticed (bool), samples; the canaries; and the sample that resembles each
-        most.
+        A row per canary: source, class, device, held, distance (of the nearest sample, grey levels), copy (the
+        distance below which it is recovered), recovered, noticed (bool), samples; the canaries; and the sample that
+        resembles each most.
     """
     cells = []
     for k, c, d in np.argwhere(agreed.offer):
@@ -295,8 +295,8 @@ class Card:
     def __str__(self) -> str:
         guarantee = "none: no differential privacy" if np.isinf(self.epsilon) else f"epsilon = {self.epsilon:.1f}"
         lines = ["Audit card of what was shared",
-                 f"  left the hospitals      {self.reported} counts, {self.samples} samples of {self.asked} asked for "
-                 f"({self.bytes_up / 1e6:.2f} MB)",
+                 f"  left the hospitals      {self.reported} counts, {self.samples} samples of {self.asked} asked "
+                 f"for ({self.bytes_up / 1e6:.2f} MB)",
                  f"  rejected at the source  {self.rejected} samples",
                  f"  smallest cell shared    {self.fewest} real images ({self.small} cells below {SMALL})",
                  f"  nearest-image ratio     {self.ratio:.2f} (1: training images are no nearer than unseen ones)"]
@@ -314,9 +314,10 @@ def audit_card(clients: list[Client], outside: Client, shared: sharing.Shared, *
     have = sharing.reports(clients, classes, devices)
     behind = have[shared.plan.offer > 0]
     real = pairs(clients, outside, shared.pool, seed).ratio.median()
+    found = membership(clients, outside, shared.pool, groups=groups, seed=seed)
     return Card(have.size, len(shared.pool), int(shared.plan.offer.sum()), int(shared.rejected.sum()),
-                shared.costs["bytes_samples_up"], int(behind.min(initial=have.max())), int((behind < SMALL).sum()), float(real),
-                figures(membership(clients, outside, shared.pool, groups=groups, seed=seed)), epsilon)
+                shared.costs["bytes_samples_up"], int(behind.min(initial=have.max())), int((behind < SMALL).sum()),
+                float(real), figures(found), epsilon)
 
 
 def lesions(job: experiment.Job) -> np.ndarray:
@@ -336,24 +337,27 @@ def taught(pool: sharing.Pool, federation, seed: int, steps: int = 200) -> np.nd
     return metrics.recall(rounds.evaluate(net, weights, federation).sum(0))
 
 
-def trial(job: experiment.Job, options: dict, most: int = 100) -> dict[str, float]:
-    """One setting of the trade-off: worth of the samples (see `taught`) and the attack's `figures`, for a seed's hospitals.
+def trial(job: experiment.Job, options: dict, steps: int = 200, most: int = 100) -> dict[str, float]:
+    """One setting of the trade-off: worth of the samples and the attack's `figures`, for a seed's hospitals.
 
-    `options` are those of `sharing.offer_of`, and ``minimum`` of `sharing.Budget`.
+    `options` are those of `sharing.offer_of`, and ``minimum`` of `sharing.Budget`; `steps` those of `taught`, whose
+    mean recall is the worth (0: not asked for).
     """
     hospitals, rest = experiment.hospitals_of(job), dict(options)
     budget = sharing.Budget(minimum=rest.pop("minimum", generator.MINIMUM))
     shared = sharing.share(hospitals.clients, hospitals, "class_and_device", job.seed, budget=budget, **rest)
     table = membership(hospitals.clients, hospitals.test, shared.pool, groups=lesions(job), seed=job.seed, most=most)
-    return {"worth": float(np.nanmean(taught(shared.pool, hospitals, job.seed))), "samples": len(shared.pool),
+    worth = float(np.nanmean(taught(shared.pool, hospitals, job.seed, steps))) if steps else float("nan")
+    return {"worth": worth, "samples": len(shared.pool),
             "rejected": int(shared.rejected.sum()), "bytes": shared.costs["bytes_up"]} | figures(table)
 
 
-def trials(jobs: list[experiment.Job], settings: dict[str, dict], workers: int = 2) -> pd.DataFrame:
+def trials(jobs: list[experiment.Job], settings: dict[str, dict], workers: int = 2, steps: int = 200) -> pd.DataFrame:
     """`trial` of every setting and job in parallel processes: a row each, indexed by (setting, seed)."""
     which = [(name, job) for name in settings for job in jobs]
     with ProcessPoolExecutor(workers, multiprocessing.get_context(experiment.START)) as pool:
-        done = list(pool.map(trial, [job for _, job in which], [settings[name] for name, _ in which]))
+        done = list(pool.map(trial, [job for _, job in which], [settings[name] for name, _ in which],
+                             [steps] * len(which)))
     return pd.DataFrame(done, index=pd.MultiIndex.from_tuples([(name, job.seed) for name, job in which],
                                                               names=["setting", "seed"]))
 
@@ -376,7 +380,8 @@ class ConditionalVAE(nn.Module):
         Draws the first weights.
     """
 
-    def __init__(self, channels: int, size: int, classes: int, draw: torch.Generator, latent: int = 8, width: int = 32):
+    def __init__(self, channels: int, size: int, classes: int, draw: torch.Generator, latent: int = 8,
+                 width: int = 32):
         super().__init__()
         if size % 2:
             raise ValueError(f"images have sides of {size} pixels; the private generator halves them: an even size")
@@ -392,8 +397,8 @@ class ConditionalVAE(nn.Module):
     def forward(self, x: torch.Tensor, labels: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
         """Loss of each image, float (B,): negative ELBO with a decoder of fixed variance 1/4, in nats.
 
-        The course's own generator shares one variance over a batch (`generator.loss`); then no image has a loss, and a
-        gradient, of its own that could be clipped.
+        The course's own generator shares one variance over a batch (`generator.loss`); then no image has a loss, and
+        a gradient, of its own that could be clipped.
         """
         mean, log_variance = self.encode(x).chunk(2, 1)
         z = mean + (0.5 * log_variance).exp() * normal
@@ -415,8 +420,9 @@ def opacus_missing() -> str:
         "differential privacy needs Opacus, an extra of this course: pip install -e '.[privacy]'"
 
 
-def fit_private(images: torch.Tensor, labels: torch.Tensor, classes: int, epsilon: float, seed: int, client: int = 0, *,
-                steps: int = 400, batch: int = 128, clip: float = 1.0, lr: float = 3e-3) -> tuple[ConditionalVAE, float]:
+def fit_private(images: torch.Tensor, labels: torch.Tensor, classes: int, epsilon: float, seed: int,
+                client: int = 0, *, steps: int = 400, batch: int = 128, clip: float = 1.0,
+                lr: float = 3e-3) -> tuple[ConditionalVAE, float]:
     """Train a `ConditionalVAE` by DP-SGD (Abadi et al. 2016, arXiv 1607.00133) and say which epsilon that spent.
 
     In every step each image takes part with chance batch / N, its gradient is clipped to length `clip`, and normal
@@ -476,8 +482,8 @@ def private_offer_of(client: Client, numbers: np.ndarray, k: int, seed: int,
                      epsilon: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """`sharing.offer_of` with the private generator: `numbers` (C, D) samples of hospital k; images, labels, device.
 
-    The generator is told the (class, device) cell. Which cells and how many is the plan's choice, from reported counts
-    that are not private.
+    The generator is told the (class, device) cell. Which cells and how many is the plan's choice, from reported
+    counts that are not private.
     """
     wanted = np.flatnonzero(numbers)
     cells = torch.from_numpy(np.repeat(np.arange(numbers.size), numbers.ravel()))

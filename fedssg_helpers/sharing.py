@@ -468,7 +468,8 @@ def share(clients: list[Client], federation: Federation, rule: str, seed: int, *
 
 def offer_of(client: Client, numbers: np.ndarray, k: int, seed: int, *, draw: int = 0, latent: int = 200,
              steps: int = 0, temperature: float = 0.9, reject: float = 0.0,
-             grain: float = 0.0, odd: float = 0.0, rejected: np.ndarray | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+             grain: float = 0.0, odd: float = 0.0,
+             rejected: np.ndarray | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """What hospital k does: train its generator and sample `numbers` (C, D); gives images, labels, device.
 
     Nothing is trained where nothing is asked for. For latent, steps and temperature see `generator.fit` and
@@ -484,16 +485,16 @@ def offer_of(client: Client, numbers: np.ndarray, k: int, seed: int, *, draw: in
         Standard deviation of pixel noise put on the samples: without it all of them lie in one flat of `latent`
         dimensions, which says more of the images it was fitted to than any sample does (see `privacy.span`).
     odd : float, >= 0
-        Images whose nearest other image of the cell is more than so many times as far as usual are not learnt from (see
-        `generator.ordinary`): they would shine through. 0: all are learnt from.
+        Images whose nearest other image of the cell is more than so many times as far as usual are not learnt from
+        (see `generator.ordinary`): they would shine through. 0: all are learnt from.
     rejected : int array (C, D), optional
         The number of samples rejected is added here.
 
     Raises
     ------
     ValueError
-        A cell is asked for of which the hospital has fewer than `generator.MINIMUM` images; `reject`, `grain` or `odd`
-        out of range.
+        A cell is asked for of which the hospital has fewer than `generator.MINIMUM` images; `reject`, `grain` or
+        `odd` out of range.
     """
     if not 0 <= reject < 1:
         raise ValueError(f"reject is {reject}; it is the part of unseen images that come as near: 0..1, without 1")
@@ -532,7 +533,7 @@ def offer_of(client: Client, numbers: np.ndarray, k: int, seed: int, *, draw: in
 
 def _distant(drawn: torch.Tensor, own: torch.Tensor, limit: float, turns: list[int],
              again) -> tuple[torch.Tensor, int]:
-    """Samples at least `limit` from every one of the images `own`, topped up by ``again(number)``; how many were not."""
+    """Samples at least `limit` from every image of `own`, topped up by ``again(number)``; and how many were not."""
     kept, gone, number = [], 0, len(drawn)
     for _ in range(REDRAWS + 1):
         far = generator.distances(drawn, own, turns).min(1)[0] >= limit
