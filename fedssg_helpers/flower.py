@@ -479,8 +479,8 @@ seed = 0
 rounds = 3
 hospitals = 3  # how many the server waits for
 patience = 600.0  # seconds that an answer may take
-result = "run.npz"  # where the server writes it, see experiment.restore
-folder = ""  # simulation only: where `prepare` put the hospitals' files
+result = "../run.npz"  # where the server, in its own folder, writes it; experiment.restore reads it
+folder = ".."  # simulation only: where `prepare` put the hospitals' files
 """
 CONFIG = """[superlink.simulation]
 address = "127.0.0.1:{port}"
