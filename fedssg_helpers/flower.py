@@ -29,10 +29,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-# Before Flower is imported: it reports no use to anybody, and looks for no newer version of itself.
-QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0",
-         "RAY_DEDUP_LOGS": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
-for name, value in QUIET.items():
+# Before Flower is imported: it and Ray report their use to nobody, look for no newer version, and Ray's processes get
+# the processor like any other (by default they stand back, and starve on a busy machine).
+SETTINGS = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0",
+         "RAY_DEDUP_LOGS": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_worker_niceness": "0"}
+for name, value in SETTINGS.items():
     os.environ.setdefault(name, value)
 
 try:

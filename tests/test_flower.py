@@ -303,7 +303,7 @@ def free_ports(number: int) -> int:
 def processes(flower, folder: Path):
     """Starts shell lines in `folder`; whatever happens, none of them and no child of theirs outlives the block."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    settings = os.environ | flower.QUIET | {"PATH": path, "PYTHONPATH": str(course.ROOT), "FEDSSG_TEST": str(folder)}
+    settings = os.environ | flower.SETTINGS | {"PATH": path, "PYTHONPATH": str(course.ROOT), "FEDSSG_TEST": str(folder)}
     mark, started = f"FEDSSG_TEST={folder}".encode(), {}
 
     def offspring():  # Flower's and Ray's processes leave the group that they were started in; their mark they keep
