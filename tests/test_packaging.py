@@ -79,7 +79,8 @@ def test_make_help_lists_the_two_commands():
 
 def test_the_lessons_and_the_appendix_are_committed():
     assert [path.name[:2] for path in LESSONS] == ["00", "01", "02", "03", "04", "05", "06", "07"]
-    assert (ROOT / "notebooks" / "A1_accuracy.ipynb").exists()
+    for name in ("A1_accuracy", "A3_trust"):
+        assert (ROOT / "notebooks" / f"{name}.ipynb").exists()
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

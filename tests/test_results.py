@@ -73,3 +73,28 @@ def test_readme_quotes_the_file(results):
                              & (results.metric == "balanced_accuracy")].value
             said += [values.mean(), 2.776445 * values.std(ddof=1) / np.sqrt(len(values))]
         assert np.allclose([float(number) for number in quoted], said, atol=6e-4), method
+
+
+# --- data/results/trust.csv ---
+
+
+@pytest.fixture(scope="module")
+def trust() -> pd.Series:
+    table = pd.read_csv(ROOT / "data" / "results" / "trust.csv")
+    assert list(table.columns) == ["check", "value"] and not table.check.duplicated().any()
+    return table.set_index("check").value
+
+
+def test_trust_holds_the_named_checks_in_range(trust):
+    named = ["attack_auc", "attack_auc_small_classes", "canaries_recovered", "rejection_cost"]
+    assert set(named) <= set(trust.index) and trust.notna().all()
+    rates = trust[trust.index.str.match(r"attack_(auc|tpr)|dp_") & ~trust.index.str.endswith("interval")]
+    assert rates.between(0, 1).all()
+    assert set(trust[trust.index.str.startswith("canaries")]) <= set(range(11))
+    assert trust.attack_seeds >= 3
+
+
+def test_trust_reports_the_stronger_attack(trust):
+    """A single attack that fails is no audit: the headline may not be below any of the attacks made."""
+    for check in ("attack_auc", "attack_auc_small_classes", "attack_tpr", "attack_tpr_small_classes"):
+        assert trust[check] == max(trust[f"{check}_nearest"], trust[f"{check}_span"])
