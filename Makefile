@@ -7,6 +7,8 @@ BIN := .venv/bin
 # Optional parts, with commas between: test, flower (several machines), privacy (DP-SGD), explorer (Voila).
 EXTRAS ?= test
 READY := .venv/.ready-$(EXTRAS)
+# Without code, and without the picture that stands in for the explorer where no kernel is.
+VOILA = --TagRemovePreprocessor.remove_cell_tags=static
 # Seconds that one cell of a lesson may take under test, on a slow machine.
 CELL_TIMEOUT ?= 900
 
@@ -16,7 +18,7 @@ A3 = $(BIN)/python -m fedssg_helpers run --only A3 --out out/results --resume -p
 	-p results $(CURDIR)/data/results/trust.csv
 CORE = fedavg,balanced_sampling,fedavg+la,duplication,uniform_shuffle,fedssg,oracle_real,centralised
 
-.PHONY: help course test notebooks results lab doctor clean
+.PHONY: help course test notebooks results lab explorer doctor clean
 .NOTPARALLEL:
 
 help:  ## list these commands
@@ -42,9 +44,15 @@ results: $(READY)  ## run the benchmarks (A1, A3) again: data/results/*.csv; lon
 	$(A1) --data dermamnist -p rounds 15 -p methods $(CORE) -p tuning 15
 	$(A1) --data phantom -p rounds 15 -p methods $(CORE) -p tuning 15
 	$(A3) --data ham10000 -p rounds 15
+	$(BIN)/python -m fedssg_helpers run --only explorer --out out/results-explorer --resume -p again true
 
 lab: $(READY)  ## open the lessons in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=notebooks
+
+explorer: $(READY)  ## the whole story on one screen, for a projector, without code (needs Voila)
+	@test -x $(BIN)/voila || { \
+		echo "error: Voila is not installed; install it with the rest: make explorer EXTRAS=test,explorer" >&2; exit 1; }
+	$(BIN)/voila notebooks/explorer.ipynb $(VOILA)
 
 doctor: $(READY)  ## is this machine ready for class?
 	$(BIN)/python -m fedssg_helpers doctor

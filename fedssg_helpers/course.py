@@ -39,11 +39,12 @@ class CourseError(Exception):
 def lessons(folder: Path = LESSONS, only: list[str] | None = None) -> list[Path]:
     """The numbered notebooks of `folder` in order; `only` keeps those that start with one of its entries.
 
-    Appendices (A1_….ipynb) are no lessons: they run only where `only` names them.
+    Appendices (A1_….ipynb) and the explorer page are no lessons: they run only where `only` names them.
     """
     found = sorted(Path(folder).glob("[0-9][0-9]_*.ipynb"))
-    named = tuple(prefix for prefix in only or [] if prefix.startswith("A"))
-    found += sorted(path for path in Path(folder).glob("A[0-9]_*.ipynb") if path.name.startswith(named))
+    named = tuple(prefix for prefix in only or [] if prefix.startswith(("A", "explorer")))
+    others = [path for kind in ("A[0-9]_*.ipynb", "explorer.ipynb") for path in sorted(Path(folder).glob(kind))]
+    found += [path for path in others if path.name.startswith(named)]
     if not found:
         raise CourseError(f"no lessons (00_….ipynb) in {folder}")
     for prefix in only or []:

@@ -200,6 +200,7 @@ def test_an_appendix_runs_only_where_it_is_named(folder):
     assert [path.stem for path in course.lessons(folder)] == ["00_first", "01_second"]
     assert [path.stem for path in course.lessons(folder, ["A1"])] == ["A1_more"]
     assert [path.stem for path in course.lessons(folder, ["A1", "01"])] == ["01_second", "A1_more"]
+    assert [path.stem for path in course.lessons(folder, ["explorer"])] == ["explorer"]
     with pytest.raises(course.CourseError, match="A1_more"):
         course.lessons(folder, ["A1", "07"])
 
