@@ -1,0 +1,301 @@
+"""The explorers without a browser: the plumbing, and what each dial means by the notebooks' own functions."""
+from __future__ import annotations
+
+import asyncio
+import re
+import threading
+
+import ipywidgets as widgets
+import matplotlib
+import matplotlib.pyplot as plt
+import nbformat
+import numpy as np
+import pytest
+
+from fedssg_helpers import course, explore, plots
+from slices import names, needed
+
+NOTEBOOKS = {path.stem.split("_")[0]: path for path in course.LESSONS.glob("*.ipynb")}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_window():
+    matplotlib.use("agg")
+
+
+@pytest.fixture
+def shown(monkeypatch):
+    """What is displayed, in place of a notebook's output."""
+    seen = []
+    monkeypatch.setattr(explore, "display", seen.append)
+    return seen
+
+
+def parts(box) -> list:
+    """All widgets inside a box."""
+    return [box, *(part for child in getattr(box, "children", ()) for part in parts(child))]
+
+
+def of(box, kind):
+    return [part for part in parts(box) if isinstance(part, kind)]
+
+
+def words(box) -> str:
+    text = next(part.value for part in of(box, widgets.HTML) if 'role="status"' in part.value)
+    return re.sub(r"<[^>]*>", "", text)
+
+
+def figure():
+    return plt.subplots(figsize=(1, 1))[0]
+
+
+def part_of(stem: str, function: str, monkeypatch, also: str = "", **changed) -> dict:
+    """What a notebook knows once its function `function` (and `also`) stands; parameters may be changed."""
+    cells = nbformat.read(NOTEBOOKS[stem], as_version=4).cells
+    wanted = max(i for i, c in enumerate(cells) if c.cell_type == "code" and f"def {function}(" in c.source)
+    also = [i for i, c in enumerate(cells) if c.cell_type == "code" and also and f"def {also}(" in c.source]
+    monkeypatch.setattr(explore, "display", lambda _: None)
+    known: dict = {}
+    for i in needed(cells, [wanted, *also]):
+        exec(compile(cells[i].source, cells[i].id, "exec"), known)
+        if "parameters" in cells[i].metadata.get("tags", []):
+            known.update(changed)
+    return known
+
+
+def number(pattern: str, text: str) -> float:
+    return float(re.search(pattern, text)[1])
+
+
+def said(drawn) -> str:
+    """The words of a drawn pair; the figure must draw."""
+    drawing, text = drawn
+    assert plots.png(drawing).startswith(b"\x89PNG")
+    return text
+
+
+# --- the plumbing ---
+
+
+def test_a_dial_redraws_and_an_impossible_value_is_a_sentence(shown):
+    def draw(n, word):
+        begun = figure()
+        if n > 2:
+            raise ValueError(f"there are no {n} <hospitals>")
+        if word == "bad":
+            raise IndexError("a student's slip")
+        return begun, f"{n} {word}"
+
+    n, word = widgets.IntSlider(1, 0, 5, description="n", tooltip="a number"), widgets.Text("a", description="word")
+    explore.explorer(draw, n=n, word=word)
+    picture, first = of(shown[0], widgets.Image)[0], of(shown[0], widgets.Image)[0].value
+    assert words(shown[0]) == "1 a" and not n.continuous_update and picture.layout.height == "420px"
+    n.value = 3
+    assert words(shown[0]) == "Not possible: there are no 3 &lt;hospitals&gt;"
+    assert picture.value == first and "pale" in picture._dom_classes
+    n.value, word.value = 2, "bad"
+    assert words(shown[0]) == "Not possible: IndexError: a student&#x27;s slip"
+    word.value = "b"
+    assert words(shown[0]) == "2 b" and "pale" not in picture._dom_classes
+    assert not plt.get_fignums(), "no figure is left for the next cell to show"
+
+
+def test_a_figure_alone_will_do_and_lists_show_their_tooltip(shown):
+    choice = widgets.Dropdown(options=["a"], description="rule", tooltip='the "rule"')
+    explore.explorer(lambda rule: figure(), rule=choice)
+    assert words(shown[0]) == "" and of(shown[0], widgets.Image)[0].value
+    assert choice.description == '<span title="the &quot;rule&quot;">rule</span>' and choice.description_allow_html
+
+
+def test_linked_dials_are_drawn_once_in_the_thread_that_runs_cells(shown):
+    drawn = []
+
+    async def kernel():
+        one, two = widgets.IntSlider(0, 0, 9, description="one"), widgets.IntSlider(0, 0, 9, description="two")
+        explore.explorer(lambda **v: drawn.append((v, threading.current_thread())) or figure(), one=one, two=two)
+
+        def moved():
+            one.value = two.value = 7
+
+        moved()
+        await asyncio.sleep(0)
+        await asyncio.to_thread(setattr, one, "value", 8)  # as JupyterLab's messages may come
+        await asyncio.sleep(0)
+
+    asyncio.run(kernel())
+    assert [v for v, _ in drawn] == [{"one": 0, "two": 0}, {"one": 7, "two": 7}, {"one": 8, "two": 7}]
+    assert {thread for _, thread in drawn} == {threading.current_thread()}
+
+
+def test_a_live_run_is_stopped_and_started_again(shown):
+    """Steps wait for a permit, so nothing here depends on how fast the machine is."""
+    permits, begun, kept = threading.Semaphore(0), [], []
+
+    def work(tell, n):
+        begun.append(n)
+        for step in range(1, n + 1):
+            assert permits.acquire(timeout=60)
+            if n == 3:
+                raise ValueError("three is impossible")
+            kept.append(step)
+            if tell(step, n):
+                return
+
+    async def until(happened):
+        for _ in range(600):
+            if happened():
+                return
+            await asyncio.sleep(0.02)
+        raise AssertionError
+
+    async def kernel():
+        n = widgets.IntSlider(5, 1, 9, description="n")
+        explore.live(work, lambda: (figure(), f"{len(kept)} kept"), n=n)
+        box = shown[0]
+        start, stop = of(box, widgets.Button)
+        bar, state = of(box, widgets.IntProgress)[0], lambda: " ".join(part.value for part in of(box, widgets.HTML))
+        await until(lambda: words(box) == "0 kept")
+        assert stop.disabled and not start.disabled
+        start.click()
+        start.click()  # a second press while it runs is nothing
+        permits.release(2)
+        await until(lambda: words(box) == "2 kept" and bar.value == 2 and bar.max == 5)
+        assert start.disabled and not stop.disabled and begun == [5]
+        stop.click()
+        permits.release(1)  # the step under way is finished, then the run ends
+        await until(lambda: not start.disabled)
+        await until(lambda: words(box) == "3 kept")
+        assert kept == [1, 2, 3] and "stopped, and what ran is kept: step 3 of 5" in state()
+        n.value = 2
+        start.click()
+        permits.release(2)
+        await until(lambda: "done: step 2 of 2" in state())
+        assert kept == [1, 2, 3, 1, 2] and begun == [5, 2] and stop.disabled
+        n.value = 3
+        start.click()
+        permits.release(1)
+        await until(lambda: "three is impossible" in state())
+        assert not start.disabled and "Not possible" in state()
+
+    asyncio.run(kernel())
+
+
+def test_slices_of_a_notebook():
+    made, used = names("import numpy as np\ndef f(x):\n    y = np.sum(x) + z\n    return y\n"
+                       "for i in range(3): pass\nw = f(i)")
+    assert made == {"np", "f", "i", "w"} and {"z", "range", "f", "np"} <= used and not {"x", "y"} & used
+    sources = ["a = 1", "b = 2", "a = 3", "c = lambda: a", "d = c() + e", "print(d)"]
+    assert needed([nbformat.v4.new_code_cell(s) for s in sources], [5]) == [2, 3, 4, 5]
+
+
+# --- what the notebooks' dials mean ---
+
+
+def test_00_two_archives(monkeypatch):
+    known = part_of("00", "draw", monkeypatch)
+    k = int(np.argmax((known["have"].sum(2) == 0).sum(1)))
+    text = said(known["draw"](k, 0, 1))
+    lacks = int((known["have"][k].sum(1) == 0).sum())
+    assert f"hospital {k} holds {len(known['clients'][k])} images and lacks {lacks} of 6 classes; hospital 0" in text
+
+
+def test_01_each_dial_moves_its_own_number(monkeypatch):
+    known = part_of("01", "draw", monkeypatch)
+    start = dict(alpha=0.3, device_mix=0.0, count=10, tail=1, size_skew=0.0, look=0)
+
+    def at(pattern, **dials):
+        return number(pattern, said(known["draw"](**start | dials)))
+
+    label, device = r"label divergence ([.\d]+)", r"device divergence ([.\d]+)"
+    assert at(label, alpha=0.03) > at(label) > at(label, alpha=100) and at(device) == at(device, alpha=100)
+    assert at(device) > at(device, device_mix=0.5) > at(device, device_mix=1.0)
+    assert at(r"rarest class: (\d+)", tail=10) < at(r"rarest class: (\d+)")
+    assert at(r"largest with (\d+)", size_skew=1.0, alpha=100) > at(r"largest with (\d+)", alpha=100)
+    with pytest.raises(ValueError, match="stayed empty"):
+        known["draw"](**start | dict(alpha=0.01, count=20))
+
+
+def test_02_latent_walk_temperature_and_quality(monkeypatch):
+    known = part_of("02", "draw", monkeypatch)
+    cell = known["able"][0]
+
+    def at(pattern, *dials):
+        return number(pattern, said(known["draw"](cell, *dials)))
+
+    lies, stray = r"lies ([.\d]+)", r"stray ([.\d]+)"
+    assert at(lies, 0, 0, 0.9) == 0 < at(lies, 1, 0, 0.9) < at(lies, 3, 0, 0.9)
+    assert at(lies, 0, -2, 0.9) > 0
+    assert at(stray, 1, 0, 0.0) == 0 < at(stray, 1, 0, 0.5) < at(stray, 1, 0, 2.0)
+    known = part_of("02", "quality", monkeypatch)
+    few, many = (said(known["quality"](n)) for n in (known["learnt_from"][0], known["learnt_from"][-1]))
+    assert number(r"within ([.\d]+)", few) > 1.5 * number(r"within ([.\d]+)", many)
+    assert number(r"AUC is ([.\d]+)", few) > 0.9 > number(r"AUC is ([.\d]+)", many)
+
+
+def test_03_budget_and_silence(monkeypatch):
+    known = part_of("03", "draw", monkeypatch)
+    start = dict(rule="class_and_device", fill=200, cell=120, worth=0.5, receive=1500, silent=())
+
+    def at(pattern, **dials):
+        return number(pattern, said(known["draw"](**start | dials)))
+
+    dealt, after, most = r"(\d+) samples dealt", r"before, (\d+) after", r"to (\d+) to each"
+    assert at(dealt, fill=400) > at(dealt) > at(dealt, fill=100, cell=60)
+    assert at(most, receive=200) <= 200 < at(most)
+    assert at(after) < at(after, rule="class_only") < at(r"(\d+) before")
+    everybody = tuple(range(len(known["have"])))
+    assert at(dealt, worth=0) == at(dealt, silent=everybody) == 0
+    assert at(r"up ([.\d]+) MB", silent=(4,)) < at(r"up ([.\d]+) MB")
+    with pytest.raises(ValueError, match="numbered 0 to"):
+        known["draw"](**start | dict(silent=(99,)))
+
+
+def test_04_a_live_run_grows_stops_and_is_kept(monkeypatch):
+    known = part_of("04", "grown", monkeypatch, also="train")
+    train, kept, seen = known["train"], known["kept"], []
+    assert said(known["grown"]()) == "no run yet: choose, then press Start"
+
+    def tell(done, total):
+        seen.append((done, total))
+        return done == 2
+
+    train(tell, "fedavg", 5, 1, 100.0)
+    assert seen == [(0, 5), (1, 5), (2, 5)]
+    (method, run, asked), = kept.values()
+    assert (method, asked, len(run.took_part)) == ("fedavg", 5, 2) and run.rounds.tolist() == [0, 1, 2]
+    text = said(known["grown"]())
+    assert re.match(r"run 1: fedavg, 1 ep., alpha 100: round 2 of 5, balanced accuracy 0\.\d\d; 1 run", text)
+    for _ in range(7):
+        train(lambda done, total: True, "fedavg", 5, 1, 100.0)
+    assert [name.split(":")[0] for name in kept] == ["3", "4", "5", "6", "7", "8"]
+
+
+def test_05_class_and_device_pick_a_line_of_the_file(monkeypatch):
+    known = part_of("05", "draw", monkeypatch)
+    draw, setting = known["draw"], "ham10000/by_device"
+    metric_of = known["metric_of"]
+    assert metric_of("df", "all devices") == "recall[df]" and metric_of("df", "rosendahl") == "recall[df|rosendahl]"
+    assert metric_of("balanced_accuracy", "rosendahl") == "balanced_accuracy[rosendahl]"
+    for what, device in (("balanced_accuracy", "all devices"), ("nv", "rosendahl")):
+        pair, metric = ("fedssg", "fedavg"), metric_of(what, device)
+        one, other = (said(draw(setting, *order, what, device)) for order in (pair, pair[::-1]))
+        mean = (known["scores"]("fedssg", metric) - known["scores"]("fedavg", metric)).mean()
+        assert number(r"= ([-+.\d]+) points", one) == pytest.approx(100 * mean, abs=0.051)
+        assert number(r"= ([-+.\d]+) points", one) == -number(r"= ([-+.\d]+) points", other)
+    with pytest.raises(ValueError, match="the file has no seed with macro_f1"):
+        draw(setting, "fedssg", "fedavg", "macro_f1", "rosendahl")
+
+
+def test_explorer_page(monkeypatch):
+    known = part_of("explorer", "draw", monkeypatch)
+    assert set(known["table"].shared) == set(known["RULES"]) and known["table"].balanced_accuracy.between(0, 1).all()
+    assert known["table"].groupby(["alpha", "shared"]).size().nunique() == 1, "as many seeds behind each bar"
+    rules, after = list(known["RULES"]), r", (\d+) after"
+    texts = {rule: said(known["draw"](0.3, rule, 0.9)) for rule in (rules[0], rules[-1])}
+    nothing, ours = texts.values()
+    assert number(r"(\d+) of 240", nothing) == number(after, nothing) > number(after, ours)
+    scores = known["table"][(known["table"].alpha == 0.3) & (known["table"].shared == rules[-1])].balanced_accuracy
+    assert f"balanced accuracy {scores.mean():.2f}, and" in ours
+    want, offer = known["agreed"](0.3, rules[-1])
+    calm, wild = (known["received"](0.3, want, offer, 2, t).float() for t in (0.0, 2.0))
+    assert calm.shape == wild.shape and calm.shape[0] > 10 and wild.std() > calm.std()
