@@ -14,6 +14,7 @@ from .plots import png
 
 # The words have room for two lines whether they need them or not; a picture that its dials have left goes pale.
 WORDS = '<div role="status" style="height: 2.7em; overflow-y: auto; font-size: 15px; line-height: 1.35">{}</div>'
+DRAWING = threading.RLock()  # matplotlib knows one thread only
 GAPS = {"flex_flow": "row wrap", "grid_gap": "2px 28px"}
 PALE = "<style>.explorer .pale { opacity: 0.3 }</style>"
 
@@ -28,6 +29,10 @@ class _Screen:
         self.words = widgets.HTML(WORDS.format(""))
 
     def show(self, **values) -> None:
+        with DRAWING:
+            self._show(values)
+
+    def _show(self, values: dict) -> None:
         before = plt.get_fignums()
         try:
             drawn = self.draw(**values)
