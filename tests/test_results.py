@@ -86,15 +86,21 @@ def trust() -> pd.Series:
 
 
 def test_trust_holds_the_named_checks_in_range(trust):
-    named = ["attack_auc", "attack_auc_small_classes", "canaries_recovered", "rejection_cost"]
+    named = ["attack_auc", "attack_auc_small_classes", "canaries_recovered", "rejection_cost", "poisoned_drop"]
     assert set(named) <= set(trust.index) and trust.notna().all()
     rates = trust[trust.index.str.match(r"attack_(auc|tpr)|dp_") & ~trust.index.str.endswith("interval")]
     assert rates.between(0, 1).all()
     assert set(trust[trust.index.str.startswith("canaries")]) <= set(range(11))
-    assert trust.attack_seeds >= 3
+    assert trust.attack_seeds >= 3 and trust.poisoned_seeds >= 3
+    assert trust.kills_resumed_equal == 20 and trust.damaged_files_named == 300
 
 
 def test_trust_reports_the_stronger_attack(trust):
     """A single attack that fails is no audit: the headline may not be below any of the attacks made."""
     for check in ("attack_auc", "attack_auc_small_classes", "attack_tpr", "attack_tpr_small_classes"):
         assert trust[check] == max(trust[f"{check}_nearest"], trust[f"{check}_span"])
+
+
+def test_trust_reports_the_worst_attack_on_the_server(trust):
+    attacks = ["not_a_number", "step_x_100", "labels_shuffled", "noise"]
+    assert trust.poisoned_drop == max(trust[f"poisoned_drop_{attack}"] for attack in attacks)
