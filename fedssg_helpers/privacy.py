@@ -8,7 +8,6 @@ them all, and `fit_private` shows its price.
 from __future__ import annotations
 
 import importlib.util
-import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 
@@ -355,7 +354,7 @@ def trial(job: experiment.Job, options: dict, steps: int = 200, most: int = 100)
 def trials(jobs: list[experiment.Job], settings: dict[str, dict], workers: int = 2, steps: int = 200) -> pd.DataFrame:
     """`trial` of every setting and job in parallel processes: a row each, indexed by (setting, seed)."""
     which = [(name, job) for name in settings for job in jobs]
-    with ProcessPoolExecutor(workers, multiprocessing.get_context(experiment.START)) as pool:
+    with ProcessPoolExecutor(workers, experiment.processes()) as pool:
         done = list(pool.map(trial, [job for _, job in which], [settings[name] for name, _ in which],
                              [steps] * len(which)))
     return pd.DataFrame(done, index=pd.MultiIndex.from_tuples([(name, job.seed) for name, job in which],
