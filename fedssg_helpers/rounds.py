@@ -476,11 +476,12 @@ def local_update(net: SmallCNN, place: Place, start: torch.Tensor, k: int, r: in
                        turns=place.turns, random=rng(seed, "local training", k, r))
 
 
-def side_by_side(work, items, nets: list[SmallCNN]):
-    """Yield ``work(net, item)`` of each item, in their order, on as many threads as there are networks.
+def side_by_side(work, items, nets: list[SmallCNN], threads: ThreadPoolExecutor):
+    """Yield ``work(net, item)`` of each item, in their order, on as many `threads` as there are networks.
 
     Threads, as PyTorch lets go of Python's lock while it computes: nothing is copied, nothing has to start up, and at
     most a few results wait at a time. Each item has a network to itself, so results do not depend on their number.
+    The threads stay for the whole run: PyTorch prepares its convolutions anew for each thread that it meets.
     """
     if len(nets) == 1:
         yield from (work(nets[0], item) for item in items)
@@ -496,19 +497,18 @@ def side_by_side(work, items, nets: list[SmallCNN]):
         finally:
             free.put(net)
 
-    with ThreadPoolExecutor(len(nets)) as threads:
-        for item in items:
-            waiting.append(threads.submit(with_a_net, item))
-            if len(waiting) > 2 * len(nets):
-                yield waiting.popleft().result()
-        while waiting:
+    for item in items:
+        waiting.append(threads.submit(with_a_net, item))
+        if len(waiting) > 2 * len(nets):
             yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 @dataclass(frozen=True)
 class Setup:
     """What stays the same over the rounds of a run: who trains on what, and how. ``kept`` (P,), bool, are the weights
-    that never leave their hospital; of ``nets`` there is one per worker."""
+    that never leave their hospital; of ``nets`` and ``threads`` there is one per worker."""
 
     federation: Federation
     method: Method
@@ -518,6 +518,7 @@ class Setup:
     places: list[Place]
     styles: torch.Tensor | None
     kept: torch.Tensor
+    threads: ThreadPoolExecutor
 
 
 def run(federation: Federation, method: Method, seed: int, *, rounds: int, epochs: int = 1, workers: int = 1,
@@ -572,11 +573,11 @@ def run(federation: Federation, method: Method, seed: int, *, rounds: int, epoch
         start = pretrain(nets[0], shared.pool, method.pretrain_steps, seed, styles=styles)
     if shared and method.drop and len(shared.pool) and not redrawn:
         keep = convincing(nets[0], start, shared.pool, method.drop, styles)
-    server_seconds = time.perf_counter() - began
+    server_seconds, threads = time.perf_counter() - began, ThreadPoolExecutor(workers)
 
     def setup() -> Setup:
         places = places_of(clients, federation, method, seed, shared, keep, epochs=epochs, device=device)
-        return Setup(federation, method, seed, rounds, nets, places, styles, _kept(nets[0], method))
+        return Setup(federation, method, seed, rounds, nets, places, styles, _kept(nets[0], method), threads)
 
     now = setup()
     so_far = copy.deepcopy(go_on) or _before_the_first_round(now, start, shared, server_seconds)
@@ -599,6 +600,8 @@ def run(federation: Federation, method: Method, seed: int, *, rounds: int, epoch
     except Stop:
         if so_far.rounds[-1] < len(so_far.took_part):
             _test(now, so_far)
+    finally:
+        threads.shutdown(cancel_futures=True)
     return so_far
 
 
@@ -652,7 +655,7 @@ def one_round(setup: Setup, run: Run, faults: Faults = Faults(), tamper=None) ->
         return result, time.perf_counter() - began
 
     def arrived():
-        for k, (sent, seconds) in zip(here, side_by_side(update, here, setup.nets)):
+        for k, (sent, seconds) in zip(here, side_by_side(update, here, setup.nets, setup.threads)):
             run.costs["train_seconds"] += seconds
             sent, images = tamper(k, r, weights, sent) if tamper else sent, places[k].own
             if why := checks.weights_refusal(sent, weights, images, images):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -95,9 +96,10 @@ def test_results_come_in_order_and_few_wait():
         return item, net
 
     ahead = []
-    for item, net in rounds.side_by_side(work, iter(range(40)), nets):
-        ahead.append(len(started) - item)
-        assert net in nets
+    with ThreadPoolExecutor(2) as threads:
+        for item, net in rounds.side_by_side(work, iter(range(40)), nets, threads):
+            ahead.append(len(started) - item)
+            assert net in nets
     assert started and sorted(started) == list(range(40)) and max(ahead) <= 8
 
 
