@@ -192,6 +192,26 @@ class Box:
         for press in [key] * abs(keys) if slider else ["Space", *[key] * abs(keys), "Enter"]:
             self.page.keyboard.press(press)  # JupyterLab keeps arrow keys from a list that is not opened
 
+    def stands(self, dial) -> str:
+        """Where a dial stands."""
+        handle = dial.locator(".noUi-handle")
+        return handle.get_attribute("aria-valuenow") if handle.count() else chosen(dial)
+
+    def back(self, dial, keys: int, stood: str) -> None:
+        """Key by key until the dial stands where it stood: a busy kernel's answer may set it once more meanwhile."""
+        if not dial.locator(".noUi-handle").count():
+            self.press(dial, keys)
+            return
+
+        def there() -> bool:
+            if self.stands(dial) == stood:
+                self.page.wait_for_timeout(300)
+                return self.stands(dial) == stood
+            self.press(dial, 1 if float(self.stands(dial)) < float(stood) else -1)
+            return False
+
+        until(there, f"{name_of(dial)} stands at {stood} again")
+
     def type(self, label: str, text: str) -> None:
         """Type a value into the number beside a slider."""
         field = self.dial(label).locator("[contenteditable=true]")
@@ -262,7 +282,7 @@ def finished(page, name: str) -> list[Box]:
 
 def move(box: Box, dial, keys: int, pattern: str, follows: str) -> None:
     """Move a dial, see the picture and the words follow, and move it back."""
-    label, words, picture = name_of(dial), box.words(), box.picture()
+    label, words, picture, stood = name_of(dial), box.words(), box.picture(), box.stands(dial)
     box.press(dial, keys)
     until(lambda: box.picture() != picture, f"{label} changes the picture")
     if follows in ("+", "-"):
@@ -273,7 +293,7 @@ def move(box: Box, dial, keys: int, pattern: str, follows: str) -> None:
     elif pattern:
         until(lambda: re.search(pattern, box.words()), f"{label}: the words say {pattern}")
     assert not box.pale()
-    box.press(dial, -keys)
+    box.back(dial, -keys, stood)
     until(lambda: box.words() == words, f"{label} leads back to {words}")
 
 
