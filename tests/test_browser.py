@@ -192,6 +192,18 @@ class Box:
         for press in [key] * abs(keys) if slider else ["Space", *[key] * abs(keys), "Enter"]:
             self.page.keyboard.press(press)  # JupyterLab keeps arrow keys from a list that is not opened
 
+    def settle(self) -> None:
+        """Wait until the kernel has answered all that was asked: an answer under way would set a dial once more."""
+        seen = []
+
+        def quiet() -> bool:
+            self.page.wait_for_timeout(150)
+            busy = self.page.get_by_text("Python 3 (ipykernel) | Busy").count()
+            seen.append((busy, self.words(), self.picture(), *map(self.stands, self.dials.all())))
+            return not busy and len(seen) > 4 and len(set(seen[-5:])) == 1
+
+        until(quiet, "nothing changes any more")
+
     def stands(self, dial) -> str:
         """Where a dial stands."""
         handle = dial.locator(".noUi-handle")
@@ -282,6 +294,7 @@ def finished(page, name: str) -> list[Box]:
 
 def move(box: Box, dial, keys: int, pattern: str, follows: str) -> None:
     """Move a dial, see the picture and the words follow, and move it back."""
+    box.settle()
     label, words, picture, stood = name_of(dial), box.words(), box.picture(), box.stands(dial)
     box.press(dial, keys)
     until(lambda: box.picture() != picture, f"{label} changes the picture")
@@ -293,6 +306,7 @@ def move(box: Box, dial, keys: int, pattern: str, follows: str) -> None:
     elif pattern:
         until(lambda: re.search(pattern, box.words()), f"{label}: the words say {pattern}")
     assert not box.pale()
+    box.settle()
     box.back(dial, -keys, stood)
     until(lambda: box.words() == words, f"{label} leads back to {words}")
 
@@ -327,10 +341,13 @@ def nonsense(box: Box, label: str) -> None:
 
 def impossible(box: Box) -> None:
     """More hospitals than can all get an image: a sentence, no traceback, and the next move works."""
+    box.settle()
     box.type("hospitals", "20")
+    box.settle()
     box.press(box.dial("class skew: alpha"), -9)
     until(lambda: box.words().startswith("Not possible: a hospital stayed empty") and box.pale(), "a sentence")
     box.shoot("01_impossible")
+    box.settle()
     box.press(box.dial("class skew: alpha"), 9)
     until(lambda: "label divergence" in box.words() and not box.pale(), "the next move works")
 
