@@ -11,6 +11,8 @@ READY := .venv/.ready-$(EXTRAS)
 VOILA = --TagRemovePreprocessor.remove_cell_tags=static
 # Seconds that one cell of a lesson may take under test, on a slow machine.
 CELL_TIMEOUT ?= 900
+TESTS ?= tests notebooks
+BESIDE ?= tests/test_browser.py
 
 A1 = $(BIN)/python -m fedssg_helpers run --only A1 --out out/results --resume -p seeds 5 \
 	-p results $(CURDIR)/data/results/accuracy.csv
@@ -29,12 +31,15 @@ help:  ## list these commands
 course: $(READY)  ## run all lessons on the built-in data; results and pages in out/
 	$(BIN)/python -m fedssg_helpers run $(ARGS)
 
-# A fresh FEDSSG_OUT: no cached run of an earlier day may stand in for a computation under test.
-test: $(READY)  ## unit tests, then every lesson cell by cell
-	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && \
-	echo "FEDSSG_OUT=$$out $(BIN)/python -m pytest --nbval-lax --nbval-current-env tests notebooks" && \
-	FEDSSG_OUT="$$out" $(BIN)/python -m pytest --nbval-lax --nbval-current-env \
-		--nbval-cell-timeout=$(CELL_TIMEOUT) -p no:cacheprovider tests notebooks
+# A fresh FEDSSG_OUT: no cached run of an earlier day may stand in for a computation under test. The browser tests, which
+# wait more than they compute, run beside the others; what they say comes last.
+PYTEST = FEDSSG_OUT="$$out" $(BIN)/python -m pytest -p no:cacheprovider
+test: $(READY)  ## unit tests, then every lesson cell by cell; TESTS="tests/test_keys.py" for some of them
+	@out=$$(mktemp -d) && trap 'kill $$beside 2>/dev/null; rm -rf "$$out"' EXIT && \
+	{ $(PYTEST) $(BESIDE) > "$$out/beside.txt" 2>&1 & } && beside=$$! && \
+	echo "FEDSSG_OUT=$$out $(BIN)/python -m pytest --nbval-lax --nbval-current-env $(TESTS)" && \
+	{ $(PYTEST) --nbval-lax --nbval-current-env --nbval-cell-timeout=$(CELL_TIMEOUT) --ignore=$(BESIDE) $(TESTS); \
+	status=$$?; wait $$beside || status=$$?; cat "$$out/beside.txt"; exit $$status; }
 
 notebooks: $(READY)  ## run the committed notebooks again, in place
 	$(BIN)/python -m fedssg_helpers refresh $(ARGS)
