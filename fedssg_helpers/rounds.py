@@ -568,7 +568,7 @@ def run(federation: Federation, method: Method, seed: int, *, rounds: int, epoch
     shared, keep = exchange(clients, federation, method, seed, int(redrawn), tamper_samples), None
     began = time.perf_counter()
     if go_on is not None:
-        go_on = replace(go_on, memory={name: t.to(device, copy=True) for name, t in go_on.memory.items()})
+        go_on = replace(go_on, memory={name: t.to(device) for name, t in go_on.memory.items()})
         start = go_on.memory["start"]
     elif shared and method.pretrain_steps and len(shared.pool):  # a hospital that is alone has nobody to share with
         start = pretrain(nets[0], shared.pool, method.pretrain_steps, seed, styles=styles)
