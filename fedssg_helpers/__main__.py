@@ -18,9 +18,8 @@ from . import course
 from .course import CourseError
 from .pages import duration
 
-# `make course` took REFERENCE_MINUTES on a two-core machine on which `speed` gave REFERENCE_RATE (part by part, beside
-# other work: 5.7 for lessons 00 to 05, 2.6 for 06, 1.6 for 07 with Flower).
-REFERENCE_MINUTES = 9.9
+# `make course` took REFERENCE_MINUTES on a two-core machine on which `speed` gave REFERENCE_RATE.
+REFERENCE_MINUTES = 7.9
 REFERENCE_RATE = 6900.0
 # Arguments of partition.federation, and the lessons' parameters that set them.
 DIALS = {"seed": "seed", "count": "hospitals", "alpha": "alpha"}
