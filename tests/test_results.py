@@ -104,3 +104,17 @@ def test_trust_reports_the_stronger_attack(trust):
 def test_trust_reports_the_worst_attack_on_the_server(trust):
     attacks = ["not_a_number", "step_x_100", "labels_shuffled", "noise"]
     assert trust.poisoned_drop == max(trust[f"poisoned_drop_{attack}"] for attack in attacks)
+
+
+# --- data/results/speed.csv ---
+
+
+def test_speed_has_every_comparison_five_times():
+    table = pd.read_csv(ROOT / "data" / "results" / "speed.csv")
+    assert list(table.columns) == ["comparison", "clients", "ratio"] and (table.ratio > 0).all()
+    count = table.groupby(["comparison", "clients"]).size()
+    assert count.min() >= 5
+    growth = {4, 16, 64, 256, 1000}
+    assert set(count["seconds_per_image_vs_4_clients"].index) == growth
+    assert {("plain_loop", 10), ("flower_simulation", 10), ("memory_vs_10_clients", 1000)} <= set(count.index)
+    assert {"share_of_matmul_rate", "generator_vs_train"} <= set(table.comparison)
