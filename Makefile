@@ -12,7 +12,6 @@ VOILA = --TagRemovePreprocessor.remove_cell_tags=static
 # Seconds that one cell of a lesson may take under test, on a slow machine.
 CELL_TIMEOUT ?= 900
 TESTS ?= tests notebooks
-BESIDE ?= tests/test_browser.py
 
 A1 = $(BIN)/python -m fedssg_helpers run --only A1 --out out/results --resume -p seeds 5 \
 	-p results $(CURDIR)/data/results/accuracy.csv
@@ -20,6 +19,7 @@ A3 = $(BIN)/python -m fedssg_helpers run --only A3 --out out/results --resume -p
 	-p faults 20 -p poison_rounds 10 -p results $(CURDIR)/data/results/trust.csv
 A2 = $(BIN)/python -m fedssg_helpers run --only A2 --out out/results -p repeats 5 -p growth 4,16,64,256,1000 \
 	-p results $(CURDIR)/data/results/speed.csv
+FLOWER = 10x100x10,1000x100x5,1000x4x5
 CORE = fedavg,balanced_sampling,fedavg+la,duplication,uniform_shuffle,fedssg,oracle_real,centralised
 
 .PHONY: help course test notebooks results lab explorer doctor clean
@@ -31,15 +31,12 @@ help:  ## list these commands
 course: $(READY)  ## run all lessons on the built-in data; results and pages in out/
 	$(BIN)/python -m fedssg_helpers run $(ARGS)
 
-# A fresh FEDSSG_OUT: no cached run of an earlier day may stand in for a computation under test. The browser tests, which
-# wait more than they compute, run beside the others; what they say comes last.
-PYTEST = FEDSSG_OUT="$$out" $(BIN)/python -m pytest -p no:cacheprovider
+# A fresh FEDSSG_OUT: no cached run of an earlier day may stand in for a computation under test. Two workers take a file
+# each, in order: lessons stay whole, and slow ones are not left to the end.
+PYTEST = $(BIN)/python -m pytest -p no:cacheprovider -n 2 --dist loadfile --no-loadscope-reorder --nbval-lax \
+	--nbval-current-env --nbval-cell-timeout=$(CELL_TIMEOUT) $(TESTS)
 test: $(READY)  ## unit tests, then every lesson cell by cell; TESTS="tests/test_keys.py" for some of them
-	@out=$$(mktemp -d) && trap 'kill $$beside 2>/dev/null; rm -rf "$$out"' EXIT && \
-	{ $(PYTEST) $(BESIDE) > "$$out/beside.txt" 2>&1 & } && beside=$$! && \
-	echo "FEDSSG_OUT=$$out $(BIN)/python -m pytest --nbval-lax --nbval-current-env $(TESTS)" && \
-	{ $(PYTEST) --nbval-lax --nbval-current-env --nbval-cell-timeout=$(CELL_TIMEOUT) --ignore=$(BESIDE) $(TESTS); \
-	status=$$?; wait $$beside || status=$$?; cat "$$out/beside.txt"; exit $$status; }
+	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && echo 'FEDSSG_OUT=... $(PYTEST)' && FEDSSG_OUT="$$out" $(PYTEST)
 
 notebooks: $(READY)  ## run the committed notebooks again, in place
 	$(BIN)/python -m fedssg_helpers refresh $(ARGS)
@@ -51,7 +48,7 @@ results: $(READY)  ## run the benchmarks (A1 to A3) again: data/results/*.csv; l
 	$(A1) --data dermamnist -p rounds 15 -p methods $(CORE) -p tuning 15
 	$(A1) --data phantom -p rounds 15 -p methods $(CORE) -p tuning 15
 	$(A3) --data ham10000 -p rounds 15
-	$(A2) -p flower_clients $(if $(findstring flower,$(EXTRAS)),10,)
+	$(A2) $(if $(findstring flower,$(EXTRAS)),-p flower $(FLOWER))
 	$(BIN)/python -m fedssg_helpers run --only explorer --out out/results-explorer --resume -p again true
 
 lab: $(READY)  ## open the lessons in JupyterLab

@@ -313,7 +313,8 @@ def run(
 def refresh(paths: list[Path]) -> None:
     """Execute the committed lessons as they stand (built-in data, own defaults) and rewrite them, stripped.
 
-    The headline figure of each goes to `images/` beside them, for the README. A lesson that fails is left untouched. Runs are cached in a fresh folder: nothing old is shown.
+    The headline figure of each goes to `images/` beside them, for the README. A lesson that fails is left untouched.
+    Runs are cached in a fresh folder: nothing old is shown.
     """
     import nbformat
 

@@ -147,7 +147,8 @@ def save(run: Run, file: Path, key: str = "") -> None:
     part = file.with_suffix(f".{os.getpid()}.part")
     arrays = {name: getattr(run, name) for name in ("weights", "rounds", "confusions", "took_part")}
     arrays |= {f"memory {name}": tensor.cpu().numpy() for name, tensor in run.memory.items()}
-    arrays |= {"costs": np.array(json.dumps(run.costs)), "missed": np.array(json.dumps(run.missed)), "key": np.array(key)}
+    arrays |= {"costs": np.array(json.dumps(run.costs)), "missed": np.array(json.dumps(run.missed)),
+               "key": np.array(key)}
     try:
         with part.open("wb") as stream:
             np.savez(stream, **arrays)
@@ -170,7 +171,8 @@ def restore(file: Path, key: str = "") -> Run:
         with np.load(file, allow_pickle=False) as z:
             memory = {name[7:]: torch.from_numpy(z[name]) for name in z.files if name.startswith("memory ")}
             missed = [tuple(entry) for entry in json.loads(str(z["missed"]))]
-            run = Run(z["weights"], z["rounds"], z["confusions"], json.loads(str(z["costs"])), z["took_part"], missed, memory)
+            run = Run(z["weights"], z["rounds"], z["confusions"], json.loads(str(z["costs"])), z["took_part"], missed,
+                      memory)
             found = str(z["key"])
     except Exception as error:  # a crafted header makes NumPy raise whatever Python's own parser does
         raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}); delete it, and its run is made "
@@ -190,7 +192,7 @@ def execute(job: Job, out: Path, tick=lambda: None) -> Run:
 
 
 def _compute(job: Job, file: Path, tick=lambda: None, workers: int = 1) -> None:
-    """Make a run and save it; on the way its state after each round, so that one which was killed goes on from there."""
+    """Make a run and save it; on the way its state after each round, so that one that was killed goes on from there."""
     state = file.with_suffix(".state.npz")
 
     def after_round(r: int, run: Run) -> None:

@@ -15,8 +15,6 @@ random act is keyed by (seed, partition id, round), and replies are sorted by it
 """
 from __future__ import annotations
 
-import datetime
-import ipaddress
 import json
 import logging
 import os
@@ -384,8 +382,7 @@ def serve(grid: Grid, method: Method, seed: int, *, rounds: int, hospitals: int,
         run.took_part[r, here] = True
         updates = [(answers[k][0]["weights"], images[k]) for k in here]
         mean = engine.aggregate(method, updates, weights) if here else weights  # nobody was there: as it was
-        speed = method.server_momentum * speed + (weights - mean)
-        weights = weights - speed if method.server_momentum else mean
+        weights, speed = engine.server_step(method, weights, mean, speed)
         costs["bytes_up"] += 4 * len(weights) * len(answers)
         costs["bytes_down"] += 4 * len(weights) * len(answers | absent)
         tell(f"round {r + 1} of {rounds}: {len(here)} of {hospitals} hospitals")
@@ -493,41 +490,6 @@ root-certificates = "{folder}/ca.crt"
 """
 
 
-def certificate(hosts=("localhost", "127.0.0.1"), days: int = 365) -> tuple[bytes, bytes, bytes]:
-    """For TLS: the authority that hospitals trust, the server's certificate, signed by it, and its secret key.
-
-    PEM texts. The authority's own key is thrown away, so nobody can sign a second server with it. A real network uses
-    certificates of its institution.
-    """
-    from cryptography import x509  # here, because it comes with Flower
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-
-    def name(common: str) -> x509.Name:
-        return x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, common)])
-
-    def signed(subject: str, key, authority: bool, *more) -> bytes:
-        now = datetime.datetime.now(datetime.timezone.utc)
-        usage = dict.fromkeys(("content_commitment", "key_encipherment", "data_encipherment", "key_agreement",
-                               "encipher_only", "decipher_only"), False)
-        builder = x509.CertificateBuilder(name("course authority"), name(subject), key.public_key(),
-                                          x509.random_serial_number(), now, now + datetime.timedelta(days))
-        builder = builder.add_extension(x509.BasicConstraints(authority, None), critical=True)
-        for extension in (x509.SubjectKeyIdentifier.from_public_key(key.public_key()),
-                          x509.AuthorityKeyIdentifier.from_issuer_public_key(root.public_key()),
-                          x509.KeyUsage(digital_signature=not authority, key_cert_sign=authority, crl_sign=authority,
-                                        **usage), *more):
-            builder = builder.add_extension(extension, critical=False)
-        return builder.sign(root, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-
-    root, key = ec.generate_private_key(ec.SECP256R1()), ec.generate_private_key(ec.SECP256R1())
-    names = x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address(host)) if host[0].isdigit() else
-                                         x509.DNSName(host) for host in hosts])
-    secret = key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
-                               serialization.NoEncryption())
-    return signed("course authority", root, True), signed("course server", key, False, names), secret
-
-
 def identity() -> tuple[bytes, bytes]:
     """What a hospital proves its name with: a secret key that stays there, a public one to be registered."""
     from cryptography.hazmat.primitives import serialization
@@ -547,10 +509,13 @@ def prepare(federation: Federation, folder, port: int = 9092) -> list[Path]:
     list of Path
         The files, in order of participants.
     """
-    folder = Path(folder).resolve()
-    authority, public, secret = certificate()
-    files = {"server/ca.crt": authority, "server/server.crt": public, "server/server.key": secret,
-             "researcher/ca.crt": authority, "researcher/app/pyproject.toml": APP.encode(),
+    import trustme  # here, because it comes with the extra; a real network has certificates of its institution
+
+    folder, ca = Path(folder).resolve(), trustme.CA()  # its key is kept nowhere, so nobody can sign a second server
+    authority, server = ca.cert_pem.bytes(), ca.issue_cert("localhost", "127.0.0.1")
+    files = {"server/ca.crt": authority, "server/server.crt": server.cert_chain_pems[0].bytes(),
+             "server/server.key": server.private_key_pem.bytes(), "researcher/ca.crt": authority,
+             "researcher/app/pyproject.toml": APP.encode(),
              "researcher/config.toml": CONFIG.format(port=port, folder=folder / "researcher").encode()}
     for k in range(len(federation.clients)):
         own, known = identity()

@@ -34,7 +34,8 @@ class SmallCNN(nn.Module):
         super().__init__()
         layers, before = [], channels
         for width in WIDTHS:
-            layers += [nn.Conv2d(before, width, 3, stride=2, padding=1, bias=False), nn.GroupNorm(8, width), nn.ReLU(inplace=True)]
+            layers += [nn.Conv2d(before, width, 3, stride=2, padding=1, bias=False), nn.GroupNorm(8, width),
+                       nn.ReLU(inplace=True)]
             before = width
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
         self.head = nn.Linear(before, classes)

@@ -207,8 +207,10 @@ def method_sketch(clients, pool_images, coverage) -> Figure:
     tiles(pool_images[np.linspace(0, max(len(pool_images) - 1, 0), min(len(pool_images), 8)).astype(int)],
           8.15, 2.7, 0.58, 4)
     axis.text(9.4, 0.8, r"mean of the weights $\sum_k \frac{n_k}{n}\, w_k$", ha="center", fontsize=11)
-    lanes = ((4.25, "-|>", "1   counts per class and device", "once", 2), (3.15, "-|>", "2   synthetic images", "once", 3),
-             (2.05, "<|-", "3   those that a hospital lacks", "once", 3), (0.85, "<|-|>", "4   model weights", "every round", 0))
+    lanes = ((4.25, "-|>", "1   counts per class and device", "once", 2),
+             (3.15, "-|>", "2   synthetic images", "once", 3),
+             (2.05, "<|-", "3   those that a hospital lacks", "once", 3),
+             (0.85, "<|-|>", "4   model weights", "every round", 0))
     for y, style, text, when, colour in lanes:
         axis.add_patch(FancyArrowPatch((3.5, y), (7.8, y), arrowstyle=style, mutation_scale=22, linewidth=2.6,
                                        color=_COLOURS[colour], shrinkA=0, shrinkB=0))

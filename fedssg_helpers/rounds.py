@@ -167,7 +167,7 @@ def batches(number: int, steps: int, size: int, random: np.random.Generator, cha
 
 
 def log_prior(labels: torch.Tensor, classes: int, chance: np.ndarray | None = None) -> torch.Tensor:
-    """Log class frequencies (classes,), float32, as drawn; an absent class counts as a tenth of an image, not as none."""
+    """Log class frequencies (classes,), float32, as drawn; an absent class counts as a tenth of an image, not none."""
     weight = None if chance is None else torch.from_numpy(chance * len(labels))
     counts = torch.bincount(labels, weight, minlength=classes).float().clamp(min=0.1)
     return (counts / counts.sum()).log()
@@ -299,10 +299,18 @@ def aggregate(method: Method, updates, start: torch.Tensor) -> torch.Tensor:
     return {"mean": average, "median": median, "clip": clipped}[method.aggregate](updates, start)
 
 
+def server_step(method: Method, weights: torch.Tensor, mean: torch.Tensor,
+                speed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """From the server's weights (P,) to the aggregate `mean` (P,), with its momentum: new weights and speed (P,)."""
+    speed = method.server_momentum * speed + (weights - mean)
+    return weights - speed if method.server_momentum else mean, speed
+
+
 def pretrain(net: SmallCNN, pool: sharing.Pool, steps: int, seed: int, lr: float = 0.05, *,
              styles: torch.Tensor | None = None) -> torch.Tensor:
     """The server's own training of the first global weights (P,) on the pool: no image, no client step."""
-    weights, (images, labels) = net.weights.clone(), (part.to(net.weights.device) for part in (pool.images, pool.labels))
+    weights, place = net.weights.clone(), net.weights.device
+    images, labels = pool.images.to(place), pool.labels.to(place)
     for part, rate in enumerate((lr, lr, 0.4 * lr, 0.1 * lr)):
         weights = train_local(net, weights, images, labels, steps=steps // 4, lr=rate, batch=64,
                               random=rng(seed, "pretrain", round=part), method=Method(balanced=True), styles=styles)
@@ -541,8 +549,8 @@ def run(federation: Federation, method: Method, seed: int, *, rounds: int, epoch
     faults : Faults
         How often hospitals drop out.
     tamper, tamper_samples : callable, optional
-        What a faulty or hostile hospital sends: ``tamper(k, r, start, weights)`` gives weights in place of its own, with
-        rounds from 0; for the samples see `sharing.share`. For lessons and tests.
+        What a faulty or hostile hospital sends: ``tamper(k, r, start, weights)`` gives weights in place of its own,
+        with rounds from 0; for the samples see `sharing.share`. For lessons and tests.
     device : str
         Where to compute: a PyTorch device such as "cuda"; not an imaging device.
 
@@ -680,8 +688,7 @@ def one_round(setup: Setup, run: Run, faults: Faults = Faults(), tamper=None) ->
         mean = weights  # nobody was there: the model stays as it is
     if method.scaffold:
         memory["control"] = sum(memory["controls"]) / len(places)
-    memory["speed"] = method.server_momentum * memory["speed"] + (weights - mean)
-    memory["weights"] = weights - memory["speed"] if method.server_momentum else mean
+    memory["weights"], memory["speed"] = server_step(method, weights, mean, memory["speed"])
     run.weights, run.took_part = memory["weights"].cpu().numpy(), np.vstack([run.took_part, took_part])
     sent = 4 * int((~setup.kept).sum()) * (2 if method.scaffold else 1) * (method.trained_at == "hospitals")
     run.costs["bytes_up"] += sent * sum(why in ("", "came late") for why in fate)
@@ -724,6 +731,6 @@ def evaluate_at_home(net: SmallCNN, models: list[torch.Tensor], federation: Fede
     have = np.where(have.sum(0) > 0, have, have.sum(1, keepdims=True))  # a device of nobody: by all images
     ends = np.cumsum(have / have.sum(0), axis=0)[:, federation.test.device]  # (K, N)
     home = (rng(seed, "home of a test image").random(ends.shape[1]) >= ends[:-1]).sum(0)
-    parts = [replace(federation, test=Client(*(part[torch.from_numpy(home == k)] for part in vars(federation.test).values())))
-             for k in range(len(models))]
+    mine, test = [torch.from_numpy(home == k) for k in range(len(models))], vars(federation.test).values()
+    parts = [replace(federation, test=Client(*(part[rows] for part in test))) for rows in mine]
     return sum(evaluate(net, w, part, styles) for w, part in zip(models, parts) if len(part.test))

@@ -5,7 +5,8 @@
    (K, C, D): synthetic images of class c from device d that it should receive.
 3. `plan` bounds the wishes by the budget (``want``) and tells the hospitals that own a (class, device) cell how
    much of it to generate and upload (``offer``).
-4. The server checks the uploads (`checks`) and deals the pool of those that pass: nobody gets his own samples, nobody more than the budget.
+4. The server checks the uploads (`checks`) and deals the pool of those that pass: nobody gets his own samples, nobody
+   more than the budget.
 
 The strategy's idea is published (Pavan et al. 2026, arXiv 2604.26324); the rule and the budgets here are the
 course's own. K hospitals, C classes and D devices throughout; all counts are images.
