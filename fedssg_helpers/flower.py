@@ -65,9 +65,9 @@ def save_hospitals(federation: Federation, folder) -> list[Path]:
     files = [Path(folder) / f"hospital_{k}" / "data.npz" for k in range(number)]
     for k, (file, client) in enumerate(zip(files, federation.clients)):
         file.parent.mkdir(exist_ok=True)
-        np.savez_compressed(file, classes=np.array(federation.classes), devices=np.array(federation.devices),
-                            **{part: getattr(client, part).numpy() for part in PARTS},
-                            **{f"test_{part}": getattr(test, part)[k::number].numpy() for part in PARTS})
+        np.savez(file, classes=np.array(federation.classes), devices=np.array(federation.devices),
+                 **{part: getattr(client, part).numpy() for part in PARTS},
+                 **{f"test_{part}": getattr(test, part)[k::number].numpy() for part in PARTS})
     return files
 
 
