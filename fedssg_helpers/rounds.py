@@ -251,15 +251,13 @@ def steps_of(client: Client, batch: int = 32, epochs: int = 1) -> int:
     return epochs * math.ceil(len(client) / batch)
 
 
-def average(updates, start: torch.Tensor | None = None) -> torch.Tensor:
+def average(updates) -> torch.Tensor:
     """FedAvg's aggregate: the mean of clients' weights (P,), each weighted by its number of real images.
 
     Parameters
     ----------
     updates : iterable of (float32 tensor (P,), int)
         Weights and number of images of each client; summed as they arrive, so memory stays flat.
-    start : float32 tensor (P,)
-        What the round started from; the mean does not ask.
 
     Raises
     ------
@@ -277,7 +275,7 @@ def average(updates, start: torch.Tensor | None = None) -> torch.Tensor:
     return (total / images).float()
 
 
-def median(updates, start: torch.Tensor | None = None) -> torch.Tensor:
+def median(updates) -> torch.Tensor:
     """In place of `average`: of each weight the median over clients, all alike (Yin et al. 2018, arXiv 1803.01498).
 
     Less than half of the clients cannot move it far; but clients that are few of their kind count for nothing.
@@ -296,7 +294,9 @@ def clipped(updates, start: torch.Tensor) -> torch.Tensor:
 
 def aggregate(method: Method, updates, start: torch.Tensor) -> torch.Tensor:
     """The server's new weights (P,), by the method's own way: `average`, `median` or `clipped`."""
-    return {"mean": average, "median": median, "clip": clipped}[method.aggregate](updates, start)
+    if method.aggregate == "clip":
+        return clipped(updates, start)
+    return median(updates) if method.aggregate == "median" else average(updates)
 
 
 def server_step(method: Method, weights: torch.Tensor, mean: torch.Tensor,

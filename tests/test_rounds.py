@@ -271,7 +271,7 @@ def test_sharing_is_counted_in_bytes():
 
 def test_received_samples_do_not_buy_weight_in_the_average(monkeypatch):
     counted, real = [], rounds.average
-    monkeypatch.setattr(rounds, "average", lambda sent, start: real([(w, counted.append(n) or n) for w, n in sent]))
+    monkeypatch.setattr(rounds, "average", lambda sent: real([(w, counted.append(n) or n) for w, n in sent]))
     dealt = federation()
     rounds.run(dealt, Method(sharing="class_and_device"), 0, rounds=1)
     assert counted == [len(c) for c in dealt.clients]
@@ -360,7 +360,7 @@ def test_server_momentum_is_its_formula():
     assert torch.allclose(*sent, atol=1e-6)  # no last step yet
     calls, real = [], rounds.average
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rounds, "average", lambda updates, start: calls.append(real(updates)) or calls[-1])
+        patch.setattr(rounds, "average", lambda updates: calls.append(real(updates)) or calls[-1])
         end = torch.from_numpy(rounds.run(dealt, Method(server_momentum=0.5), 0, rounds=2).weights)
     first = net.weights - calls[0]
     assert torch.allclose(end, calls[0] - (0.5 * first + calls[0] - calls[1]), atol=1e-6)
