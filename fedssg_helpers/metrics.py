@@ -1,40 +1,24 @@
-"""Judging a classifier: everything is read off confusion matrices that were summed first.
+"""Scores of a classifier, all computed from confusion matrices that were summed first.
 
-A mean of per-hospital or per-device scores weighs a device with ten test images like one with a thousand, and
-a class that a device's test set lacks has no recall at all (it is left out, never counted as 0). So matrices
-are summed, and scores computed from the sum.
+A mean of per-hospital scores would weigh ten test images like a thousand. A class without test images has no
+recall: it is left out, never counted as 0.
 """
-from __future__ import annotations
 
 import numpy as np
 from scipy import stats
 
 
 def confusions(labels, predicted, device, classes: int, devices: int) -> np.ndarray:
-    """One confusion matrix per device.
+    """Test images (N,), counted in a matrix per device: int64 (D, C, C), ``[d, i, j]`` of class i called j.
 
-    Parameters
-    ----------
-    labels, predicted, device : int arrays (N,)
-        True class, predicted class, device index of each test image.
-    classes, devices : int
-        Number of classes C and devices D.
-
-    Returns
-    -------
-    int64 array (D, C, C)
-        ``[d, i, j]`` counts images of device d and class i that were called j.
-
-    Raises
-    ------
-    ValueError
-        A label, prediction or device out of range: it would be counted in another cell.
+    A ValueError where a label, prediction or device is out of range: it would be counted in another cell.
     """
     labels, predicted, device = (np.asarray(a) for a in (labels, predicted, device))
-    for name, values, end in (("label", labels, classes), ("prediction", predicted, classes),
-                              ("device", device, devices)):
+    ends = {"label": (labels, classes), "prediction": (predicted, classes), "device": (device, devices)}
+    for name, (values, end) in ends.items():
         if len(values) and not 0 <= values.min() <= values.max() < end:
-            raise ValueError(f"a {name} lies outside 0..{end - 1}: they run from {values.min()} to {values.max()}")
+            seen = f"they run from {values.min()} to {values.max()}"
+            raise ValueError(f"a {name} lies outside 0..{end - 1}: {seen}")
     cell = (device * classes + labels) * classes + predicted
     return np.bincount(cell, minlength=devices * classes * classes).reshape(devices, classes, classes)
 
@@ -47,7 +31,7 @@ def recall(confusion: np.ndarray) -> np.ndarray:
 
 
 def balanced_accuracy(confusion: np.ndarray) -> float:
-    """Mean recall over the classes that the test set has, 0..1, from one matrix (C, C); NaN if it is empty."""
+    """Mean recall over the classes of the test set, 0..1, from one matrix (C, C); NaN if it is empty."""
     rates = recall(confusion)
     return float(np.nanmean(rates)) if np.isfinite(rates).any() else float("nan")
 
@@ -60,13 +44,12 @@ def macro_f1(confusion: np.ndarray) -> float:
 
 
 def summary(confusion: np.ndarray, train_counts) -> dict[str, float]:
-    """The course's scores from matrices (D, C, C); `train_counts` (C,) says which classes are rare.
+    """The course's scores, 0..1, from matrices (D, C, C), all but the worst device's on the pooled test set.
 
-    Returns balanced_accuracy, macro_f1, accuracy and rare_recall (the rarest three classes of the training data;
-    the rarer half where there are fewer than six) on the pooled test set, and worst_device_balanced_accuracy.
+    Rare are the three classes with the fewest of `train_counts` (C,), of fewer than six the rarer half.
     """
     pooled, counts = confusion.sum(0), np.asarray(train_counts)
-    rare = np.argsort(counts, kind="stable")[:max(1, min(3, len(counts) // 2))]
+    rare = np.argsort(counts, kind="stable")[: max(1, min(3, len(counts) // 2))]
     rare_rates = recall(pooled)[rare]
     return {
         "balanced_accuracy": balanced_accuracy(pooled),
@@ -78,10 +61,10 @@ def summary(confusion: np.ndarray, train_counts) -> dict[str, float]:
 
 
 def interval(values, level: float = 0.95) -> tuple[float, float]:
-    """Mean, and half the width of its t interval, of independent runs' scores (n,); NaN width for a single run.
+    """Mean, and half the width of its t interval, of independent scores (n,); a single one has width NaN.
 
-    Give it one score per seed, or, to compare two methods, one *difference* per seed: seeds share data, hospitals
-    and initial weights, so what varies with them cancels in the difference. A ValueError where there is no score.
+    Give it one score per seed or, to compare two methods, one *difference* per seed: both share data,
+    hospitals and first weights, so what these contribute cancels. A ValueError where there is no score.
     """
     values = np.asarray(values, float)
     n = len(values)

@@ -1,4 +1,5 @@
-"""Dealing a data set to hospitals: who sees which classes, through which imaging device."""
+"""Distributing a data set: which images are for testing, and which hospital has which of the others."""
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -6,97 +7,114 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .data import ImageSet, split
+from .data import ImageSet, require
 from .keys import rng
+
+TRIES = 100  # how often the draw of hospitals is repeated while one of them is empty
 
 
 @dataclass(frozen=True)
 class Client:
-    """What one hospital holds.
+    """What one hospital has."""
 
-    Attributes
-    ----------
-    images : uint8 tensor (N, C, H, W)
-    labels, device : int64 tensors (N,)
-        Class and imaging device of each image.
-    """
-
-    images: torch.Tensor
-    labels: torch.Tensor
-    device: torch.Tensor
+    images: torch.Tensor  # uint8 (N, C, H, W)
+    labels: torch.Tensor  # int64 (N,), the class of each image
+    device: torch.Tensor  # int64 (N,), its imaging device
 
     def __len__(self) -> int:
         return len(self.labels)
 
+    def take(self, rows) -> Client:
+        """The images at `rows` (positions or a mask)."""
+        return Client(self.images[rows], self.labels[rows], self.device[rows])
+
     @staticmethod
     def joined(clients: list[Client]) -> Client:
-        """All clients' images in one place: centralised training, the bound and not the way."""
-        return Client(*(torch.cat([getattr(c, part) for c in clients]) for part in ("images", "labels", "device")))
+        """All clients' images in one place, as centralised training needs them."""
+        return Client(*map(torch.cat, zip(*((c.images, c.labels, c.device) for c in clients))))
 
 
 @dataclass(frozen=True)
 class Federation:
-    """Hospitals and the real test images that they are judged on.
-
-    Attributes
-    ----------
-    clients : list of Client
-    test : Client
-        Test images of all devices, pooled; no lesion or patient of theirs is in any client's data.
-    classes, devices : tuples of str
-    setting : str
-        How images were dealt: "by_device" or, for example, "ten_hospitals".
-    """
+    """Hospitals, and the real test images of all devices, of other lesions or patients."""
 
     clients: list[Client]
     test: Client
     classes: tuple[str, ...]
     devices: tuple[str, ...]
-    setting: str
+    setting: str  # how images were distributed: "by_device" or, for example, "ten_hospitals"
 
 
-def federation(data: ImageSet, seed: int = 0, *, count: int = 0, **dials) -> Federation:
-    """Split off the test images, then deal the rest to hospitals.
+def federate(images: ImageSet, seed: int = 0, *, count: int = 0, **skew) -> Federation:
+    """Split off the test images, then distribute the others to hospitals.
 
-    Parameters
-    ----------
-    count : int, >= 0
-        Number of hospitals, dealt by `hospitals` with its `dials`. 0: one hospital per device where there are
-        several real ones, else (devices simulated, or one only) ten hospitals.
+    With `count` > 0 there are that many, made by `hospitals` with its parameters `skew`. With 0 there is one
+    hospital per device if there are several real ones, else (devices simulated, or one only) ten hospitals.
     """
-    train, test = split(data, seed=seed)
-    if count == 0 and not data.simulated and len(np.unique(data.device[train])) > 1:
-        parts, setting = by_device(data, train), "by_device"
+    train, test = split(images, seed=seed)
+    if count == 0 and not images.simulated and len(np.unique(images.device[train])) > 1:
+        parts, setting = by_device(images, train), "by_device"
     else:
-        parts = hospitals(data, train, count or 10, seed=seed, **dials)
+        parts = hospitals(images, train, count or 10, seed=seed, **skew)
         setting = "ten_hospitals" if len(parts) == 10 else f"{len(parts)}_hospitals"
-    return Federation(clients_of(data, parts), clients_of(data, [test])[0], data.classes, data.devices, setting)
+    *clients, held = clients_of(images, [*parts, test])
+    return Federation(clients, held, images.classes, images.devices, setting)
 
 
-def clients_of(data: ImageSet, parts: list[np.ndarray]) -> list[Client]:
-    """The hospitals' data, as tensors, for a partition given as image indices."""
-    return [Client(*(torch.from_numpy(a[part]) for a in (data.images, data.labels, data.device))) for part in parts]
+def clients_of(images: ImageSet, parts: list[np.ndarray]) -> list[Client]:
+    """The hospitals' data, as tensors, for a partition given as positions of images."""
+    arrays = images.images, images.labels, images.device
+    return [Client(*(torch.from_numpy(array[part]) for array in arrays)) for part in parts]
 
 
-def counts(data: ImageSet, parts: list[np.ndarray]) -> np.ndarray:
+def split(images: ImageSet, test: float = 0.25, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of the training and of the test images, sorted; a `DataError` if a side would be empty.
+
+    Whole groups go to one side. They are sorted by class, by device, then at random, and every (1 / test)-th
+    is a test group (systematic sampling), so each cell of class and device is split in nearly the same
+    proportion. A class of two groups or more is on both sides. An `official_test` is kept as it is.
+    """
+    require(0 < test < 1, f"test = {test}", "the fraction must lie between 0 and 1, for example 0.25.")
+    side = images.official_test
+    if side is None:
+        _, first, group = np.unique(images.group, return_index=True, return_inverse=True)
+        require(len(first) > 1, images.name, "all images are of one group. Give at least two per class.")
+        label, device = images.labels[first], images.device[first]
+        order = np.lexsort((rng(seed, "split").random(len(first)), device, label))
+        step = np.floor(np.arange(len(first) + 1) * test + rng(seed, "split start").random())
+        held = np.zeros(len(first), bool)
+        held[order] = np.diff(step) > 0
+        side = _cover(held, group, images.labels, order)[group]
+    require(0 < side.sum() < len(side), images.name, "one side of the split is empty. Give more images.")
+    return np.flatnonzero(~side), np.flatnonzero(side)
+
+
+def _cover(held: np.ndarray, group: np.ndarray, labels: np.ndarray, order: np.ndarray) -> np.ndarray:
+    """Test groups `held`, bool (G,), a few of them moved (in `order`) so that each class is on both sides."""
+    has = np.zeros((len(held), labels.max() + 1), bool)
+    has[group, labels] = True
+    for label in np.flatnonzero(has.sum(0) >= 2):
+        for side in (True, False):
+            if not has[held == side, label].any():
+                donor = has[held != side].sum(0)  # no other class may vanish from the side that gives
+                able = [g for g in order[has[order, label]] if (donor[has[g]] >= 2).all()]
+                held[able[:1]] = side
+    return held
+
+
+def counts(images: ImageSet, parts: list[np.ndarray]) -> np.ndarray:
     """Images per hospital, class and device: int64 (K, C, D)."""
-    shape = (len(data.classes), len(data.devices))
-    cells = [data.labels[part] * shape[1] + data.device[part] for part in parts]
-    return np.stack([np.bincount(c, minlength=shape[0] * shape[1]).reshape(shape) for c in cells])
+    have = np.zeros((len(parts), len(images.classes), len(images.devices)), np.int64)
+    for k, part in enumerate(parts):
+        np.add.at(have[k], (images.labels[part], images.device[part]), 1)
+    return have
 
 
 def divergence(have: np.ndarray, axis: int) -> float:
-    """How far hospitals' mixes lie from the federation's: mean total variation distance, 0..1.
+    """Mean total variation distance, 0..1, of the hospitals' mixes from the mix of all images.
 
-    The distance of one hospital is the part of its images that would have to change class (or device) for its mix
-    to be the federation's; hospitals count by their images. 0: all mixes equal.
-
-    Parameters
-    ----------
-    have : int array (K, C, D)
-        Images per hospital, class and device, at least one in all.
-    axis : int
-        1 for the divergence of classes (labels), 2 for that of devices.
+    It is the fraction of images that would have to change class (`axis` 1) or device (2) for equal mixes.
+    `have` int (K, C, D) are the images per hospital, class and device.
     """
     number = have.sum(3 - axis)  # (K, C) or (K, D)
     size = number.sum(1, keepdims=True)
@@ -105,76 +123,48 @@ def divergence(have: np.ndarray, axis: int) -> float:
     return float((size[:, 0] / size.sum()) @ distance)
 
 
-def by_device(data: ImageSet, index: np.ndarray) -> list[np.ndarray]:
-    """One hospital per imaging device that occurs in `index`; returns one index array per hospital."""
-    return [index[data.device[index] == d] for d in np.unique(data.device[index])]
+def by_device(images: ImageSet, index: np.ndarray) -> list[np.ndarray]:
+    """One hospital per imaging device that occurs in `index`: positions of the images of each hospital."""
+    return [index[images.device[index] == d] for d in np.unique(images.device[index])]
 
 
-def hospitals(data: ImageSet, index: np.ndarray, count: int = 10, *, alpha: float = 0.3, device_mix: float = 0.0,
-              size_skew: float = 0.0, tail: float = 1.0, seed: int = 0, tries: int = 100) -> list[np.ndarray]:
-    """Deal images to hospitals with class skew, device skew, unequal sizes and a long tail.
+def hospitals(images, index, count=10, *, alpha=0.3, device_mix=0.0, size_skew=0.0, tail=1.0, seed=0):
+    """Distribute the images at positions `index` to hospitals; sorted positions, int array, per hospital.
 
-    Every hospital belongs to one device (devices get hospitals in proportion to their images, at least one each).
-    Inside a device each class is dealt to its hospitals with shares from a Dirichlet distribution
-    (Hsu et al. 2019, arXiv 1909.06335). All images of a group (a lesion, a patient) go to one hospital.
+    Every hospital belongs to one device; devices get hospitals in proportion to their images, at least one.
+    Within a device, each class is distributed by a Dirichlet distribution over its hospitals (Yurochkin et
+    al. 2019, arXiv 1905.12022). All images of a group go to one hospital, and no hospital is empty.
 
-    Parameters
-    ----------
-    index : int array
-        The images to deal: the training part of `data.split`.
-    count : int, 1 to the number of groups
-        How many hospitals.
-    alpha : float, > 0
-        Class skew: 100 gives all hospitals of a device the same mix of classes, 0.1 gives nearly one class each.
-    device_mix : float, 0..1
-        Chance that a group goes to a hospital of any device in place of one of its own device; 1 ends device skew.
-    size_skew : float, >= 0
-        0: hospitals of a device expect equal sizes; 1: sizes spread by a factor of about e up and down.
-    tail : float, >= 1
-        Extra long tail: the rarest class keeps 1/tail of its images, the others in between by rank. 1 keeps all.
-    tries : int
-        How often dealing is repeated when a hospital stays empty.
-
-    Returns
-    -------
-    list of int arrays
-        Image indices of each hospital, sorted; every kept image in exactly one, none empty.
-
-    Raises
-    ------
-    ValueError
-        A dial out of its range, fewer groups than hospitals, or a hospital empty after all tries.
+    - alpha, above 0: 100 gives the hospitals of a device the same mix of classes, 0.1 nearly one class each.
+    - device_mix, 0..1: probability that a group goes to a hospital of any device. 1 ends device skew.
+    - size_skew, from 0: 0 gives equal expected sizes within a device, 1 spreads them by a factor of about e.
+    - tail, from 1: the rarest class keeps 1 / tail of its groups, the others in between by rank.
     """
-    if not alpha > 0:
-        raise ValueError(f"alpha is {alpha}; the Dirichlet class skew needs alpha > 0 (0.1 is strong, 100 is none)")
-    if not 0 <= device_mix <= 1 or size_skew < 0 or tail < 1:
-        raise ValueError(f"device_mix is {device_mix}, size_skew {size_skew}, tail {tail}; "
-                         "they must lie in 0..1, at 0 or above, and at 1 or above")
-    groups, first = np.unique(data.group[index], return_index=True)
-    label, device = data.labels[index][first], data.device[index][first]
+    if not (alpha > 0 and 0 <= device_mix <= 1 and size_skew >= 0 and tail >= 1):
+        given = f"alpha is {alpha}, device_mix {device_mix}, size_skew {size_skew}, tail {tail}"
+        raise ValueError(f"{given}; needed are alpha > 0, device_mix in 0..1, size_skew >= 0 and tail >= 1")
+    groups, first, inverse = np.unique(images.group[index], return_index=True, return_inverse=True)
     if not 1 <= count <= len(groups):
-        raise ValueError(f"{count} hospitals for {len(groups)} lesions or patients: every hospital needs at least "
-                         "one; ask for fewer hospitals or bring more images")
-    homes = _homes(np.bincount(device, minlength=len(data.devices)), count)
-    keep = _long_tail(label, tail, rng(seed, "long tail"))
-    for attempt in range(tries):
+        raise ValueError(f"count is {count}; there are lesions or patients for 1 to {len(groups)} hospitals")
+    label, device = images.labels[index][first], images.device[index][first]
+    homes = _homes(np.bincount(device, minlength=len(images.devices)), count)
+    keep, owner = _long_tail(label, tail, rng(seed, "long tail")), np.full(len(groups), -1)
+    label, device = label[keep], device[keep]
+    for attempt in range(TRIES):
         random = rng(seed, "partition", round=attempt)
-        owner = np.full(len(groups), -1)
-        owner[keep] = _deal(label[keep], device[keep], homes, count, alpha, device_mix, size_skew, random)
-        if np.bincount(owner[keep], minlength=count).min() > 0:
-            image_owner = owner[np.searchsorted(groups, data.group[index])]
-            return [np.sort(index[image_owner == k]) for k in range(count)]
-    raise ValueError(f"a hospital stayed empty in {tries} attempts at alpha = {alpha} with {count} hospitals: "
-                     "raise alpha, ask for fewer hospitals, or lower size_skew")
+        owner[keep] = distribute_groups(label, device, homes, count, alpha, device_mix, size_skew, random)
+        if np.isin(range(count), owner).all():
+            return [np.sort(index[owner[inverse] == k]) for k in range(count)]
+    cure = f"raise alpha ({alpha}), ask for fewer hospitals ({count}), or lower size_skew ({size_skew})"
+    raise ValueError(f"a hospital stayed empty in {TRIES} attempts: {cure}")
 
 
 def _homes(images: np.ndarray, count: int) -> list[np.ndarray]:
-    """Which hospitals belong to each device (D,): shares of `count` in proportion to images, at least one each."""
+    """The hospitals of each device (D,), of `count`, in proportion to its `images` (D,), at least one."""
     present = np.flatnonzero(images)
-    if count <= len(present):  # fewer hospitals than devices: a hospital owns several devices
-        order = present[np.argsort(-images[present], kind="stable")]
-        rank = {d: i % count for i, d in enumerate(order)}
-        return [np.array([rank[d]]) if d in rank else np.array([], int) for d in range(len(images))]
+    if count <= len(present):  # fewer hospitals than devices: a hospital has several devices
+        order = present[np.argsort(-images[present], kind="stable")].tolist()
+        return [np.array([order.index(d) % count] if d in order else [], int) for d in range(len(images))]
     number = (images > 0).astype(int)
     while number.sum() < count:  # the next hospital goes where there are most images per hospital
         number[np.argmax(images / np.maximum(number, 1) * (images > 0))] += 1
@@ -182,17 +172,17 @@ def _homes(images: np.ndarray, count: int) -> list[np.ndarray]:
 
 
 def _long_tail(label: np.ndarray, tail: float, random: np.random.Generator) -> np.ndarray:
-    """Which groups (G,) stay, bool, when the class of rank r of C keeps tail ** (-r / (C - 1)) of its groups."""
-    keep = np.zeros(len(label), bool)
-    order = np.argsort(-np.bincount(label), kind="stable")
+    """Positions of the groups that stay: the class of rank r of C keeps tail ** (-r / (C - 1)) of its own."""
+    kept, order = [], np.argsort(-np.bincount(label), kind="stable")
     for rank, c in enumerate(order):
         members = random.permutation(np.flatnonzero(label == c))
-        keep[members[:int(np.ceil(len(members) * tail ** (-rank / max(len(order) - 1, 1))))]] = True
-    return keep
+        number = np.ceil(len(members) * tail ** (-rank / max(len(order) - 1, 1)))
+        kept.append(members[: int(number)])
+    return np.sort(np.concatenate(kept))
 
 
-def _deal(label, device, homes, count, alpha, device_mix, size_skew, random) -> np.ndarray:
-    """An owner 0..count-1 for each group (G,)."""
+def distribute_groups(label, device, homes, count, alpha, device_mix, size_skew, random) -> np.ndarray:
+    """A hospital, 0..count-1, for groups of class `label` and `device` (G,); `homes`: hospitals by device."""
     frequency = np.bincount(device, minlength=len(homes)) / len(device)
     moved = random.random(len(device)) < device_mix
     device = np.where(moved, random.choice(len(homes), len(device), p=frequency), device)
@@ -202,9 +192,9 @@ def _deal(label, device, homes, count, alpha, device_mix, size_skew, random) -> 
         for c in np.unique(label[device == d]):
             members = random.permutation(np.flatnonzero((device == d) & (label == c)))
             share = random.dirichlet(alpha * len(own) * size[own] / size[own].sum())
-            if not np.isfinite(share).all():  # alpha so small that every share underflows: one hospital takes all
+            if not np.isfinite(share).all():  # alpha is so small that shares underflow: one takes all
                 share = np.eye(len(own))[random.integers(len(own))]
             cut = np.round(np.cumsum(share)[:-1] * len(members)).astype(int)
-            for hospital, part in zip(own, np.split(members, cut)):
-                owner[part] = hospital
+            for hospital, rows in zip(own, np.split(members, cut)):
+                owner[rows] = hospital
     return owner

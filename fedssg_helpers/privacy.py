@@ -1,115 +1,114 @@
-"""What shared samples give away: attacks on a hospital's upload, canaries, the audit card, and a generator with
-differential privacy.
+"""What shared samples give away: attacks on what a hospital uploads, planted canaries, and the audit card.
 
-Everything here judges; the one protection that runs with every upload, rejection at the source, is in
-`sharing.offer_of`. No attack that fails proves privacy: a cleverer one may not. Only differential privacy bounds
-them all, and `fit_private` shows its price.
+No attack that fails proves privacy: a better one may succeed. Only differential privacy bounds them all, see `dpsgd`.
 """
+
 from __future__ import annotations
 
-import importlib.util
+import pickle
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from itertools import cycle
 
+import cloudpickle
 import numpy as np
 import pandas as pd
 import torch
-from torch import nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from . import data, experiment, generator, metrics, rounds, sharing
-from .generator import distances
-from .keys import rng, torch_rng
-from .models import SmallCNN, orientations, scale, turn
+from . import metrics, partition, runs, server
+from .client import evaluate, synthesise
+from .generator import MINIMUM
+from .keys import one_thread, rng
+from .methods import Sharing
+from .models import SmallCNN, augment, plausible_orientations
 from .partition import Client
+from .protection import apart, distances
+from .sharing import Plan, Pool, reports
 
-ATTACKS = ("nearest", "span")
+ATTACKS = ("nearest", "subspace")
 SMALL = 50  # a class with fewer images than this at its source counts as small
-ROUNDING = 2.0  # grey levels squared: what rounding to whole grey levels adds to the variance along one direction
+ROUNDING = 2.0  # grey levels squared: variance along one direction that rounding to whole grey levels adds
 CELL = ["source", "class", "device"]
 
 
-def span(samples: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The flat that samples lie in: mean (P,) and orthonormal axes (P, q), in grey levels.
+def subspace(samples: Tensor) -> tuple[Tensor, Tensor]:
+    """The subspace that samples lie in: mean (P,) and orthonormal axes (P, q), in grey levels.
 
-    A decoder with q latent dimensions paints on q axes only, and enough of its samples show them all. Directions with
-    less variance than rounding makes are not counted.
+    A decoder of q latent dimensions paints along q axes. Axes with less variance than rounding makes are not counted.
     """
     x = samples.float().flatten(1)
     _, sizes, axes = torch.linalg.svd(x - x.mean(0), full_matrices=False)
     return x.mean(0), axes[sizes.square() / len(x) > ROUNDING].T
 
 
-def off_span(images: torch.Tensor, flat: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-    """How far images (N, C, H, W) lie off a `span`, float32 (N,): root mean square over an image, in grey levels."""
-    x = images.float().flatten(1) - flat[0]
-    rest = x.square().sum(1) - (x @ flat[1]).square().sum(1)
+def off_subspace(images: Tensor, plane: tuple[Tensor, Tensor]) -> Tensor:
+    """How far images (N, C, H, W) lie off a `subspace`, (N,): root mean square over an image, in grey levels."""
+    x = images.float().flatten(1) - plane[0]
+    rest = x.square().sum(1) - (x @ plane[1]).square().sum(1)
     return (rest.clamp(min=0) / x.shape[1]).sqrt()
 
 
-def membership(clients: list[Client], outside: Client, pool: sharing.Pool, *, groups=None, seed: int = 0,
-               most: int = 200) -> pd.DataFrame:
+def _rows(data: Client | Pool, c: int, device: int) -> Tensor:
+    return torch.nonzero((data.labels == c) & (data.device == device))[:, 0]
+
+
+def _cells(clients: list[Client], outside: Client, pool: Pool):
+    """Each (source, class, device) of the pool; its rows at the source, outside, and in the pool; orientations."""
+    orientations = [plausible_orientations(c.images) for c in clients]
+    for k, c, d in torch.unique(torch.stack([pool.source, pool.labels, pool.device], 1), dim=0).tolist():
+        rows = _rows(pool, c, d)
+        rows = rows[pool.source[rows] == k]
+        yield (k, c, d), _rows(clients[k], c, d), _rows(outside, c, d), rows, orientations[k]
+
+
+def _table(parts: list[dict], columns: list[str]) -> pd.DataFrame:
+    return pd.concat(map(pd.DataFrame, parts), ignore_index=True) if parts else pd.DataFrame(columns=columns)
+
+
+def _reference(images: Tensor, groups, unseen: Tensor, unseen_groups, orientations) -> Tensor:
+    """Distance (N,) of each image to the nearest unseen one that is not of its own lesion or patient."""
+    far = distances(images, unseen, orientations)
+    far[torch.from_numpy(groups[:, None] == unseen_groups)] = torch.inf
+    return far.min(1)[0].clamp(min=1e-3)
+
+
+@one_thread()
+def membership(clients, outside: Client, pool: Pool, *, groups=None, seed=0, most=200) -> pd.DataFrame:
     """The membership attack: was this image among those that the source learnt from?
 
-    The attacker holds a candidate image with its class and device, and what the hospital uploaded. Two scores, the
-    higher the likelier a member, each ``log(reference / distance)``: the distance is that to the nearest uploaded
-    sample of the candidate's cell (`nearest`), or to the flat that all uploads of the hospital lie in (`span`). The
-    reference, to the nearest unseen image of the class, says how ordinary the candidate is (difficulty calibration,
-    Watson et al. 2022, arXiv 2111.08440): ordinary images are near to everything.
+    The attacker holds a candidate image with its class and device, and what the hospital uploaded. Two scores, each
+    ``log(reference / distance)``: the distance is that to the `nearest` uploaded sample of the cell, or to the `subspace`
+    of all uploads of the hospital; the reference is that to the nearest unseen image of the class (difficulty
+    calibration, Watson et al. 2022, arXiv 2111.08440), because typical images are near to everything.
 
-    Parameters
-    ----------
-    clients : list of Client
-        Their images are the members.
-    outside : Client
-        Real images that no hospital holds, such as the test images: non-members of the same class and device.
-    pool : sharing.Pool
-    groups : int array (len(outside),), optional
-        Lesion or patient of each outside image; no image is a reference for another of its group.
-    most : int
-        At most so many members and so many non-members of a cell are tried, drawn evenly.
-
-    Returns
-    -------
-    DataFrame
-        One row per candidate: source, class, device, held (images of the cell at the source), member (bool), nearest,
-        span. Cells with fewer than two outside images are left out: nothing could be compared.
+    `outside` are real images that no hospital holds, their lesions or patients `groups` (N,). A row per candidate, at
+    most `most` members and non-members of a cell: source, class, device, held (images of the cell at the source),
+    member, nearest, subspace. Cells with fewer than two outside images are left out.
     """
-    groups = np.arange(len(outside)) if groups is None else np.asarray(groups)
-    parts = []
-    for k, client in enumerate(clients):
-        ours = pool.source == k
-        if not ours.any():
+    groups, parts = np.arange(len(outside)) if groups is None else np.asarray(groups), []
+    planes = {k: subspace(pool.images[pool.source == k]) for k in pool.source.unique().tolist()}
+    for (k, c, d), inside, others, rows, orientations in _cells(clients, outside, pool):
+        like, random = np.flatnonzero(outside.labels.numpy() == c), rng(seed, "candidates", k, c * 1000 + d)
+        members, strangers = (np.sort(random.permutation(x.numpy())[:most]) for x in (inside, others))
+        if len(others) < 2 or len(inside) < 1 or len(np.unique(groups[like])) < 3:
             continue
-        flat, turns = span(pool.images[ours]), orientations(client.images)
-        for c, d in torch.unique(torch.stack([pool.labels, pool.device], 1)[ours], dim=0).tolist():
-            inside = torch.nonzero((client.labels == c) & (client.device == d))[:, 0].numpy()
-            others = torch.nonzero((outside.labels == c) & (outside.device == d))[:, 0].numpy()
-            like = torch.nonzero(outside.labels == c)[:, 0].numpy()
-            random = rng(seed, "candidates", k, c * 1000 + d)
-            members, strangers = (np.sort(random.permutation(rows)[:most]) for rows in (inside, others))
-            if len(others) < 2 or len(inside) < 1 or len(np.unique(groups[like])) < 3:
-                continue
-            images = torch.cat([client.images[members], outside.images[strangers]])
-            # A stranger is no reference for itself; as much is withheld from members, so that both are treated alike.
-            own = np.concatenate([groups[strangers[np.arange(len(members)) % len(strangers)]], groups[strangers]])
-            reference = distances(images, outside.images[like], turns)
-            reference[torch.from_numpy(own[:, None] == groups[like])] = torch.inf
-            reference = reference.min(1)[0].clamp(min=1e-3)
-            samples = pool.images[ours & (pool.labels == c) & (pool.device == d)]
-            score = {"nearest": distances(images, samples, turns).min(1)[0], "span": off_span(images, flat)}
-            parts.append(pd.DataFrame({"source": k, "class": c, "device": d, "held": len(inside),
-                                       "member": np.arange(len(images)) < len(members)}
-                                      | {name: (reference / far.clamp(min=1e-3)).log().numpy()
-                                         for name, far in score.items()}))
-    columns = [*CELL, "held", "member", *ATTACKS]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+        images = torch.cat([clients[k].images[members], outside.images[strangers]])
+        # A stranger is no reference for itself; as much is withheld from members, so that both are treated alike.
+        own = groups[np.concatenate([np.resize(strangers, len(members)), strangers])]
+        reference = _reference(images, own, outside.images[like], groups[like], orientations)
+        near = distances(images, pool.images[rows], orientations).min(1)[0]
+        far = near, off_subspace(images, planes[k])
+        row = dict(zip(ATTACKS, ((reference / x.clamp(min=1e-3)).log().numpy() for x in far)))
+        row |= {"held": len(inside), "member": np.arange(len(images)) < len(members)}
+        parts.append(dict(zip(CELL, (k, c, d))) | row)
+    return _table(parts, [*CELL, "held", "member", *ATTACKS])
 
 
 def auc(table: pd.DataFrame, attack: str) -> float:
-    """Chance that a member scores above a non-member of the same source, class and device, 0..1; .5 is a coin.
+    """Chance, 0..1, that a member scores above a non-member (.5: a coin): the area under the ROC curve.
 
-    The area under the ROC curve of each cell, cells weighted by their members; NaN without any.
+    Of the candidates of one source, class and device, these cells weighted by their members; NaN without any.
     """
     total = wins = 0.0
     for _, cell in table.groupby(CELL):
@@ -120,10 +119,9 @@ def auc(table: pd.DataFrame, attack: str) -> float:
 
 
 def true_positives(table: pd.DataFrame, attack: str, false: float = 0.01) -> float:
-    """Part of the members that score above all but the part `false` of the non-members, 0..1; NaN without any.
+    """Fraction of the members that score above all but the fraction `false` of the non-members, 0..1; NaN without any.
 
-    All cells together, non-members weighted so that each cell has as many of them as members. With fewer than
-    1 / `false` non-members: above the highest of them.
+    All cells together, non-members weighted so that each cell has as many of them as members.
     """
     if not len(table):
         return float("nan")
@@ -135,360 +133,158 @@ def true_positives(table: pd.DataFrame, attack: str, false: float = 0.01) -> flo
     return float((table[attack][table.member] > least).mean())
 
 
-def figures(table: pd.DataFrame, small: int = SMALL) -> dict[str, float]:
-    """The attack in numbers: auc, auc_small, tpr, tpr_small per attack, as ``"nearest auc"``; 0..1.
+def attack_summary(table: pd.DataFrame) -> dict[str, float]:
+    """auc and tpr (at 1 % false positives) per attack, as ``"nearest auc"``; ``_small``: cells under `SMALL` images."""
+    found = {}
+    for attack in ATTACKS:
+        for suffix, part in (("", table), ("_small", table[table.held < SMALL])):
+            found[f"{attack} auc{suffix}"] = auc(part, attack)
+            found[f"{attack} tpr{suffix}"] = true_positives(part, attack)
+    return found
 
-    ``_small``: classes of fewer than `small` images at their source. ``tpr``: at 1 % false positives.
-    """
-    few = table[table.held < small]
-    return {f"{attack} {name}": value for attack in ATTACKS
-            for name, value in (("auc", auc(table, attack)), ("auc_small", auc(few, attack)),
-                                ("tpr", true_positives(table, attack)), ("tpr_small", true_positives(few, attack)))}
 
+@one_thread()
+def pairs(clients: list[Client], outside: Client, pool: Pool, seed: int = 0) -> pd.DataFrame:
+    """Each sample with the real image of its source that is nearest to it: a row per sample.
 
-def pairs(clients: list[Client], outside: Client, pool: sharing.Pool, seed: int = 0) -> pd.DataFrame:
-    """Each sample with the real image of its source that is nearest to it.
-
-    Returns
-    -------
-    DataFrame
-        One row per sample: row (in the pool), source, class, device, held, image (row at the source), distance (grey
-        levels), usual (median distance of two such images at the source, see `generator.apart`), ratio: distance
-        to the nearest training image over that to the nearest outside image, both out of equally many; 1 where a
-        sample knows training images no better than unseen ones, NaN where there are no unseen ones.
+    row (in the pool), source, class, device, held, image (row at the source), distance (grey levels), usual (median of
+    `protection.apart`), ratio: distance to the nearest training image over that to the nearest outside image, both out
+    of equally many (1: a sample knows training images no better than unseen ones; NaN: there are no unseen ones).
     """
     parts = []
-    cells = torch.stack([pool.source, pool.labels, pool.device], 1)
-    for k, c, d in torch.unique(cells, dim=0).tolist():
-        rows = torch.nonzero((cells == torch.tensor([k, c, d])).all(1))[:, 0]
-        inside = torch.nonzero((clients[k].labels == c) & (clients[k].device == d))[:, 0]
-        if len(inside) < generator.MINIMUM:
+    for (k, c, d), inside, others, rows, orientations in _cells(clients, outside, pool):
+        if len(inside) < MINIMUM:
             continue
-        others = outside.images[(outside.labels == c) & (outside.device == d)]
-        turns, own = orientations(clients[k].images), clients[k].images[inside]
-        near = distances(pool.images[rows], own, turns)
+        own = clients[k].images[inside]
+        near = distances(pool.images[rows], own, orientations)
         number, random = min(len(own), len(others)), rng(seed, "equal sizes", k, c * 1000 + d)
         ratio = np.full(len(rows), np.nan)
         if number:
             some, equal = (torch.from_numpy(random.permutation(n)[:number]) for n in (len(own), len(others)))
-            ratio = (near[:, some].min(1)[0] / distances(pool.images[rows], others[equal], turns).min(1)[0]).numpy()
-        parts.append(pd.DataFrame({
-            "row": rows, "source": k, "class": c, "device": d, "held": len(own), "image": inside[near.argmin(1)],
-            "distance": near.min(1)[0], "usual": float(generator.apart(own, turns).median()), "ratio": ratio}))
-    columns = ["row", *CELL, "held", "image", "distance", "usual", "ratio"]
-    return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=columns)
+            unseen = distances(pool.images[rows], outside.images[others[equal]], orientations)
+            ratio = (near[:, some].min(1)[0] / unseen.min(1)[0]).numpy()
+        best = {"distance": near.min(1)[0], "image": inside[near.argmin(1)], "row": rows, "ratio": ratio}
+        usual = {"held": len(own), "usual": float(apart(own, orientations).median())}
+        parts.append(dict(zip(CELL, (k, c, d))) | usual | best)
+    return _table(parts, [*CELL, "held", "usual", "distance", "image", "row", "ratio"])
 
 
-def canary(shape: tuple[int, int, int], random: np.random.Generator, number: int = 1) -> torch.Tensor:
+def canary(shape: tuple[int, int, int], random: np.random.Generator, number: int = 1) -> Tensor:
     """Conspicuous images that no hospital takes, uint8 (number, C, H, W): mosaics of four by four random colours."""
     coarse = torch.from_numpy(random.integers(0, 256, (number, shape[0], 4, 4), dtype=np.uint8))
     return F.interpolate(coarse, shape[1:])
 
 
-def resemblance(images: torch.Tensor, samples: torch.Tensor, turns=range(8)) -> torch.Tensor:
-    """How much of each image's pattern each sample shows in the best orientation: correlation, float32 (N, M), -1..1.
-
-    Of the pixels less the mean of the samples: what all samples have in common resembles nobody.
-    """
+def resemblance(images: Tensor, samples: Tensor, orientations=range(8)) -> Tensor:
+    """Correlation (N, M), -1..1, of images with samples in the best orientation, both less the mean of the samples."""
     middle = samples.float().mean(0)
     y = F.normalize((samples.float() - middle).flatten(1), dim=1)
     best = torch.full((len(images), len(samples)), -1.0)
-    for which in turns:
-        best = torch.maximum(best, F.normalize((turn(images.float(), which) - middle).flatten(1), dim=1) @ y.T)
+    for o in orientations:
+        x = F.normalize((augment(images.float(), o) - middle).flatten(1), dim=1)
+        best = torch.maximum(best, x @ y.T)
     return best
 
 
-def plant(client: Client, image: torch.Tensor, c: int, device: int) -> Client:
+def plant(client: Client, image: Tensor, c: int, device: int) -> Client:
     """The hospital with one more image (1, C, H, W), said to be of class c."""
-    return Client(torch.cat([client.images, image]), torch.cat([client.labels, torch.tensor([c])]),
-                  torch.cat([client.device, torch.tensor([device])]))
+    return Client.joined([client, Client(image, torch.tensor([c]), torch.tensor([device]))])
 
 
-def canaries(clients: list[Client], outside: Client, agreed: sharing.Plan, seed: int, *, number: int = 10,
-             **options) -> tuple[pd.DataFrame, torch.Tensor, torch.Tensor]:
-    """Plant one canary at a time in the smallest cells that are shared, and look for it in the upload.
+def _look_for(image: Tensor, free: Tensor, samples: Tensor, copy: float, orientations) -> tuple[dict, Tensor]:
+    """Is a sample nearer than `copy`, and does one resemble the image more than 99 % of the `free` ones; which does."""
+    found = {"distance": np.inf, "copy": copy, "recovered": False, "noticed": False, "samples": len(samples)}
+    if not len(samples):
+        return found, torch.zeros_like(image)
+    alike = resemblance(torch.cat([image, free]), samples, orientations)
+    most, found["distance"] = alike.max(1)[0], float(distances(image, samples, orientations).min())
+    found |= {"recovered": found["distance"] < copy, "noticed": bool(most[0] > most[1:].quantile(0.99))}
+    return found, samples[alike[0].argmax()][None]
+
+
+@one_thread()
+def canaries(clients, outside: Client, agreed: Plan, seed: int, how: Sharing, *, number=10):
+    """Plant one canary at a time in the smallest cells that are shared under a plan, and look for it in the upload.
 
     *Recovered*: a sample of its cell is nearer to the canary than all but 1 % of unseen images of the cell come to an
-    image at the source (of fewer than 100, than the nearest of them): as good as a copy. *Noticed* asks for much less
-    (the exposure of Carlini et al. 2019, arXiv 1802.08232): a sample resembles it (`resemblance`) more than 99 % of
-    500 other mosaics that were not planted. Without any leak, one of a hundred is noticed by chance.
+    image at the source: as good as a copy. *Noticed* asks for much less (the exposure of Carlini et al. 2019, arXiv
+    1802.08232): a sample resembles it more than 99 % of 500 mosaics that were not planted. Without any leak, one of a
+    hundred is noticed by chance.
 
-    Parameters
-    ----------
-    agreed : sharing.Plan
-    options
-        Of the generator and the rejection, see `sharing.offer_of`.
-
-    Returns
-    -------
-    DataFrame, uint8 tensors (number, C, H, W)
-        A row per canary: source, class, device, held, distance (of the nearest sample, grey levels), copy (the
-        distance below which it is recovered), recovered, noticed (bool), samples; the canaries; and the sample that
-        resembles each most.
+    A DataFrame, a row per canary: source, class, device, held, distance (of the nearest sample, grey levels), copy
+    (below this distance it is recovered), recovered, noticed, samples; the canaries; and the samples most like them.
     """
-    cells = []
-    for k, c, d in np.argwhere(agreed.offer):
-        own = clients[k].images[(clients[k].labels == c) & (clients[k].device == d)]
-        unseen = outside.images[(outside.labels == c) & (outside.device == d)]
-        cells.append((len(own), k, c, d, own, unseen if len(unseen) else own))
+    cells = sorted((len(_rows(clients[k], c, d)), k, c, d) for k, c, d in np.argwhere(agreed.upload).tolist())
     if not cells:
         raise ValueError("nothing is shared under this plan, so there is no cell to plant a canary in")
-    cells.sort(key=lambda cell: cell[:4])
     rows, planted, nearest = [], [], []
-    for i in range(number):
-        held, k, c, d, own, unseen = cells[i % len(cells)]
-        turns, random = orientations(clients[k].images), rng(seed, "canary", int(k), i)
-        image, free = canary(tuple(own.shape[1:]), random), canary(tuple(own.shape[1:]), random, 500)
-        wanted = np.zeros_like(agreed.offer[k])
-        wanted[c, d] = agreed.offer[k, c, d]
-        samples, _, _ = sharing.offer_of(plant(clients[k], image, int(c), int(d)), wanted, int(k), seed, **options)
-        copy = float(distances(unseen, own, turns).min(1)[0].quantile(0.01)) if unseen is not own else \
-            float(generator.apart(own, turns).quantile(0.01))
+    for i, (held, k, c, d) in zip(range(number), cycle(cells)):
+        own, unseen = clients[k].images[_rows(clients[k], c, d)], outside.images[_rows(outside, c, d)]
+        orientations, random = plausible_orientations(clients[k].images), rng(seed, "canary", k, i)
+        near = distances(unseen, own, orientations).min(1)[0] if len(unseen) else apart(own, orientations)
+        image, free = canary(own.shape[1:], random), canary(own.shape[1:], random, 500)
+        wanted = np.zeros_like(agreed.upload[k])
+        wanted[c, d] = agreed.upload[k, c, d]
+        upload, _ = synthesise(plant(clients[k], image, c, d), wanted, k, seed, how)
+        found, best = _look_for(image, free, upload.images, float(near.quantile(0.01)), orientations)
+        rows.append(dict(zip(CELL, (k, c, d))) | {"held": held} | found)
         planted.append(image)
-        row = {"source": int(k), "class": int(c), "device": int(d), "held": held, "distance": np.inf, "copy": copy,
-               "recovered": False, "noticed": False, "samples": len(samples)}
-        if len(samples):
-            row["distance"] = float(distances(image, samples, turns).min())
-            alike = resemblance(torch.cat([image, free]), samples, turns)
-            most = alike.max(1)[0]
-            row |= {"recovered": row["distance"] < copy, "noticed": bool(most[0] > most[1:].quantile(0.99))}
-        nearest.append(samples[alike[0].argmax()][None] if len(samples) else torch.zeros_like(image))
-        rows.append(row)
+        nearest.append(best)
     return pd.DataFrame(rows), torch.cat(planted), torch.cat(nearest)
 
 
-@dataclass(frozen=True)
-class Card:
-    """The audit card of one sharing run.
-
-    Attributes
-    ----------
-    reported, samples, rejected : int
-        Counts and samples that left the hospitals; samples that rejection held back.
-    asked : int
-        Samples that were asked for.
-    bytes_up : float
-    fewest : int
-        Real images behind the smallest cell that was shared.
-    small : int
-        Shared cells with fewer than `SMALL` images.
-    ratio : float
-        Median nearest-neighbour ratio, see `pairs`.
-    attack : dict
-        See `figures`.
-    epsilon : float
-        Of differential privacy; infinite: no formal guarantee.
-    """
-
-    reported: int
-    samples: int
-    asked: int
-    rejected: int
-    bytes_up: float
-    fewest: int
-    small: int
-    ratio: float
-    attack: dict[str, float] = field(default_factory=dict)
-    epsilon: float = float("inf")
-
-    def __str__(self) -> str:
-        guarantee = "none: no differential privacy" if np.isinf(self.epsilon) else f"epsilon = {self.epsilon:.1f}"
-        lines = ["Audit card of what was shared",
-                 f"  left the hospitals      {self.reported} counts, {self.samples} samples of {self.asked} asked "
-                 f"for ({self.bytes_up / 1e6:.2f} MB)",
-                 f"  rejected at the source  {self.rejected} samples",
-                 f"  smallest cell shared    {self.fewest} real images ({self.small} cells below {SMALL})",
-                 f"  nearest-image ratio     {self.ratio:.2f} (1: training images are no nearer than unseen ones)"]
-        for name in ATTACKS:
-            a = {key.split()[1]: value for key, value in self.attack.items() if key.startswith(name)}
-            lines.append(f"  attack by {name:12}  AUC {a['auc']:.3f}, small cells {a['auc_small']:.3f}; finds "
-                         f"{a['tpr']:.1%} of members at 1 % false alarms")
-        return "\n".join([*lines, f"  formal guarantee        {guarantee}"])
+def audit_card(clients, outside, shared: server.Shared, *, groups=None, seed=0, epsilon=np.inf) -> pd.Series:
+    """What one sharing run gave away, in words and numbers; `groups` as in `membership`, `epsilon` infinite without DP."""
+    asked, pool, have = shared.plan.upload, shared.pool, reports(clients, *shared.plan.upload.shape[1:])
+    behind, size = have[asked > 0], shared.costs["bytes_samples_up"] / 1e6
+    card = {
+        "counts that left the hospitals": have.size,
+        "samples that left them": f"{len(pool)} of {asked.sum()} asked for ({size:.2f} MB)",
+        "samples rejected at the source": int(shared.rejected.sum()),
+        "smallest cell shared": f"{behind.min(initial=have.max())} real images",
+        f"cells below {SMALL} images": int((behind < SMALL).sum()),
+        "nearest-image ratio": f"{pairs(clients, outside, pool, seed).ratio.median():.2f} (1: unseen images are as near)",
+    }
+    found = attack_summary(membership(clients, outside, pool, groups=groups, seed=seed))
+    card |= {f"attack by {name}": f"{value:.3f}" for name, value in found.items()}
+    guarantee = "none: no differential privacy" if np.isinf(epsilon) else f"epsilon = {epsilon:.1f}"
+    return pd.Series(card | {"formal guarantee": guarantee})
 
 
-def audit_card(clients: list[Client], outside: Client, shared: sharing.Shared, *, groups=None, seed: int = 0,
-               epsilon: float = float("inf")) -> Card:
-    """The card of one run: what left, what was held back, and what the attacks make of it (see `membership`)."""
-    classes, devices = shared.plan.offer.shape[1:]
-    have = sharing.reports(clients, classes, devices)
-    behind = have[shared.plan.offer > 0]
-    real = pairs(clients, outside, shared.pool, seed).ratio.median()
-    found = membership(clients, outside, shared.pool, groups=groups, seed=seed)
-    return Card(have.size, len(shared.pool), int(shared.plan.offer.sum()), int(shared.rejected.sum()),
-                shared.costs["bytes_samples_up"], int(behind.min(initial=have.max())), int((behind < SMALL).sum()),
-                float(real), figures(found), epsilon)
-
-
-def lesions(job: experiment.Job) -> np.ndarray:
+def test_groups(job: runs.Job) -> np.ndarray:
     """Lesion or patient of each test image of a job, int64: the groups that `membership` asks for."""
-    images = experiment.load(job.data, job.data_dir)
-    return images.group[data.split(images, seed=job.seed)[1]]
+    images = runs.images_of(job.data, job.data_dir, job.size)
+    return images.group[partition.split(images, seed=job.seed)[1]]
 
 
-def taught(pool: sharing.Pool, federation, seed: int, steps: int = 200) -> np.ndarray:
-    """What samples teach: recall of each class (C,) on the test images, of a model that saw nothing but the samples.
+def taught(pool: Pool, federation: partition.Federation, seed: int, steps: int = 200) -> np.ndarray:
+    """What samples teach: recall of each class (C,) on real test images, after `steps` of training on samples alone."""
+    sizes = len(federation.classes), len(federation.devices)
+    net = SmallCNN(pool.images.shape[1], sizes[0], seed)
+    weights = server.pretrain(net, pool, steps, seed)
+    return metrics.recall(evaluate(net, weights, federation.test, *sizes).sum(0))
 
-    A short stand-in for a whole run of rounds, `steps` of training at the server. Its mean over classes, the balanced
-    accuracy, is called the samples' *worth* in the course.
+
+@one_thread()
+def _trial(packed: bytes) -> dict[str, float]:
+    job, how, steps, most = pickle.loads(packed)  # from the parent process
+    federation = runs.federation_of(job)
+    shared = server.share(federation, how, job.seed)
+    options = {"groups": test_groups(job), "seed": job.seed, "most": most}
+    table = membership(federation.clients, federation.test, shared.pool, **options)
+    asked = steps and len(shared.pool)
+    found = {"taught": np.nanmean(taught(shared.pool, federation, job.seed, steps)) if asked else np.nan}
+    found |= {"samples": len(shared.pool), "rejected": shared.rejected.sum()}
+    return found | {"bytes": shared.costs["bytes_samples_up"]} | attack_summary(table)
+
+
+def trials(jobs: list[runs.Job], ways: dict[str, Sharing], workers=2, steps=200, most=100) -> pd.DataFrame:
+    """Every way of sharing with every job's hospitals, in parallel processes: a row each, indexed by (setting, seed).
+
+    taught (mean recall after `steps` on samples alone; NaN without), samples, rejected, bytes, and `attack_summary`.
     """
-    net = SmallCNN(pool.images.shape[1], len(federation.classes), seed)
-    weights = rounds.pretrain(net, pool, steps, seed)
-    return metrics.recall(rounds.evaluate(net, weights, federation).sum(0))
-
-
-def trial(job: experiment.Job, options: dict, steps: int = 200, most: int = 100) -> dict[str, float]:
-    """One setting of the trade-off: worth of the samples and the attack's `figures`, for a seed's hospitals.
-
-    `options` are those of `sharing.offer_of`, and ``minimum`` of `sharing.Budget`; `steps` those of `taught`, whose
-    mean recall is the worth (0: not asked for).
-    """
-    hospitals, rest = experiment.hospitals_of(job), dict(options)
-    budget = sharing.Budget(minimum=rest.pop("minimum", generator.MINIMUM))
-    shared = sharing.share(hospitals.clients, hospitals, "class_and_device", job.seed, budget=budget, **rest)
-    table = membership(hospitals.clients, hospitals.test, shared.pool, groups=lesions(job), seed=job.seed, most=most)
-    worth = float(np.nanmean(taught(shared.pool, hospitals, job.seed, steps))) if steps else float("nan")
-    return {"worth": worth, "samples": len(shared.pool),
-            "rejected": int(shared.rejected.sum()), "bytes": shared.costs["bytes_up"]} | figures(table)
-
-
-def trials(jobs: list[experiment.Job], settings: dict[str, dict], workers: int = 2, steps: int = 200) -> pd.DataFrame:
-    """`trial` of every setting and job in parallel processes: a row each, indexed by (setting, seed)."""
-    which = [(name, job) for name in settings for job in jobs]
-    with ProcessPoolExecutor(workers, experiment.processes()) as pool:
-        done = list(pool.map(trial, [job for _, job in which], [settings[name] for name, _ in which],
-                             [steps] * len(which)))
-    return pd.DataFrame(done, index=pd.MultiIndex.from_tuples([(name, job.seed) for name, job in which],
-                                                              names=["setting", "seed"]))
-
-
-# --- a generator with differential privacy ---
-
-
-class ConditionalVAE(nn.Module):
-    """A small VAE that is told the class: everything it learns passes through its gradients, nothing beside them.
-
-    It sees images at half resolution, as differential privacy pays for every weight. No batch statistics, no density
-    fitted afterwards: codes are drawn from the prior.
-
-    Parameters
-    ----------
-    channels, size : int
-        Images are (channels, size, size), size even.
-    classes, latent, width : int
-    draw : torch.Generator
-        Draws the first weights.
-    """
-
-    def __init__(self, channels: int, size: int, classes: int, draw: torch.Generator, latent: int = 8,
-                 width: int = 32):
-        super().__init__()
-        if size % 2:
-            raise ValueError(f"images have sides of {size} pixels; the private generator halves them: an even size")
-        self.shape, self.classes, self.latent = (channels, size // 2, size // 2), classes, latent
-        pixels = channels * (size // 2) ** 2
-        self.encode = nn.Sequential(nn.Linear(pixels, width), nn.SiLU(), nn.Linear(width, 2 * latent))
-        self.decode = nn.Sequential(nn.Linear(latent + classes, width), nn.SiLU(), nn.Linear(width, pixels))
-        for layer in (*self.encode, *self.decode):
-            if isinstance(layer, nn.Linear):
-                nn.init.xavier_normal_(layer.weight, generator=draw)
-                nn.init.zeros_(layer.bias)
-
-    def forward(self, x: torch.Tensor, labels: torch.Tensor, normal: torch.Tensor) -> torch.Tensor:
-        """Loss of each image, float (B,): negative ELBO with a decoder of fixed variance 1/4, in nats.
-
-        The course's own generator shares one variance over a batch (`generator.loss`); then no image has a loss, and
-        a gradient, of its own that could be clipped.
-        """
-        mean, log_variance = self.encode(x).chunk(2, 1)
-        z = mean + (0.5 * log_variance).exp() * normal
-        error = (self.decode(torch.cat([z, F.one_hot(labels, self.classes).float()], 1)) - x).square().sum(1)
-        return 2 * error + 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1)
-
-    @torch.no_grad()
-    def sample(self, c: int, number: int, random: np.random.Generator) -> torch.Tensor:
-        """`number` images of class c, uint8 (n, C, H, W), from the prior."""
-        z = torch.from_numpy(random.standard_normal((number, self.latent), dtype=np.float32))
-        told = F.one_hot(torch.full((number,), c), self.classes).float()
-        small = self.decode(torch.cat([z, told], 1)).view(-1, *self.shape)
-        return generator.unscale(F.interpolate(small, scale_factor=2, mode="bilinear"))
-
-
-def opacus_missing() -> str:
-    """What to do if the `privacy` extra is not installed; empty where it is."""
-    return "" if importlib.util.find_spec("opacus") else \
-        "differential privacy needs Opacus, an extra of this course: pip install -e '.[privacy]'"
-
-
-def fit_private(images: torch.Tensor, labels: torch.Tensor, classes: int, epsilon: float, seed: int,
-                client: int = 0, *, steps: int = 400, batch: int = 128, clip: float = 1.0,
-                lr: float = 3e-3) -> tuple[ConditionalVAE, float]:
-    """Train a `ConditionalVAE` by DP-SGD (Abadi et al. 2016, arXiv 1607.00133) and say which epsilon that spent.
-
-    In every step each image takes part with chance batch / N, its gradient is clipped to length `clip`, and normal
-    noise is added to the sum. One accountant (Renyi) counts all steps. The guarantee is for adding or removing one
-    *image*, at delta = 1 / (10 N); it covers all that is computed from the images here, and neither the counts that a
-    hospital reports nor other images of the same patient.
-
-    Parameters
-    ----------
-    images : uint8 tensor (N, C, H, H), H even
-    labels : int64 tensor (N,), 0..classes-1
-    epsilon : float, > 0
-        The budget; infinite: clipped, but no noise.
-    seed, client : int
-        Name the random draws. Noise that can be drawn again can be subtracted: a real release must draw it in secret.
-
-    Returns
-    -------
-    ConditionalVAE, float
-        The trained network, and epsilon as accounted.
-
-    Raises
-    ------
-    ValueError
-        Opacus is not installed, or `epsilon` is not positive.
-    """
-    if missing := opacus_missing():
-        raise ValueError(missing)
-    if not epsilon > 0:
-        raise ValueError(f"epsilon is {epsilon}; it must be above 0 (infinite: no noise)")
-    from opacus import GradSampleModule
-    from opacus.accountants import RDPAccountant
-    from opacus.accountants.utils import get_noise_multiplier
-    from opacus.optimizers import DPOptimizer
-
-    number, delta, chance = len(images), 1 / (10 * len(images)), min(1.0, batch / len(images))
-    noise = 0.0 if np.isinf(epsilon) else get_noise_multiplier(
-        target_epsilon=epsilon, target_delta=delta, sample_rate=chance, steps=steps, accountant="rdp")
-    net = ConditionalVAE(*images.shape[1:3], classes, torch_rng(seed, "private generator", client))
-    model, accountant = GradSampleModule(net), RDPAccountant()
-    optimiser = DPOptimizer(torch.optim.Adam(net.parameters(), lr), noise_multiplier=noise, max_grad_norm=clip,
-                            expected_batch_size=chance * number, generator=torch_rng(seed, "private noise", client))
-    random = rng(seed, "private batches", client)
-    x = F.avg_pool2d(scale(images), 2).flatten(1)
-    for _ in range(steps):
-        rows = torch.from_numpy(np.flatnonzero(random.random(number) < chance))
-        normal = torch.from_numpy(random.standard_normal((len(rows), net.latent), dtype=np.float32))
-        optimiser.zero_grad()
-        model(x[rows], labels[rows], normal).sum().backward()
-        optimiser.step()
-        accountant.step(noise_multiplier=noise, sample_rate=chance)
-    model.to_standard_module()
-    return net, float("inf") if not noise else accountant.get_epsilon(delta)
-
-
-def private_offer_of(client: Client, numbers: np.ndarray, k: int, seed: int,
-                     epsilon: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`sharing.offer_of` with the private generator: `numbers` (C, D) samples of hospital k; images, labels, device.
-
-    The generator is told the (class, device) cell. Which cells and how many is the plan's choice, from reported
-    counts that are not private.
-    """
-    wanted = np.flatnonzero(numbers)
-    cells = torch.from_numpy(np.repeat(np.arange(numbers.size), numbers.ravel()))
-    images = [client.images[:0]]
-    if len(wanted):
-        own = client.labels * numbers.shape[1] + client.device
-        net, _ = fit_private(client.images, own, numbers.size, epsilon, seed, k)
-        images += [net.sample(int(c), int(numbers.flat[c]), rng(seed, "private samples", k, int(c))) for c in wanted]
-    return torch.cat(images), cells // numbers.shape[1], cells % numbers.shape[1]
+    places = [(name, job.seed) for name in ways for job in jobs]
+    work = [cloudpickle.dumps((job, how, steps, most)) for how in ways.values() for job in jobs]
+    with ProcessPoolExecutor(workers, runs.processes()) as pool:
+        found = list(pool.map(_trial, work))
+    return pd.DataFrame(found, index=pd.MultiIndex.from_tuples(places, names=["setting", "seed"]))
