@@ -4,8 +4,9 @@
 # Other data or settings:  make course ARGS="--data ham10000 --profile full"
 PYTHON ?= python3
 BIN := .venv/bin
-# Optional parts, with commas between: test, flower (several machines), privacy (DP-SGD), explorer (Voila).
-EXTRAS ?= test
+# Optional parts, with commas between: test, flower (several machines), privacy (DP-SGD), explorer (Voila), pfl (a peer
+# in benchmark A2). Without a word: those that are installed already.
+EXTRAS ?= $(or $(patsubst .venv/.ready-%,%,$(firstword $(wildcard .venv/.ready-*))),test)
 READY := .venv/.ready-$(EXTRAS)
 # Without code, and without the picture that stands in for the explorer where no kernel is.
 VOILA = --TagRemovePreprocessor.remove_cell_tags=static
@@ -22,7 +23,7 @@ A2 = $(BIN)/python -m fedssg_helpers run --only A2 --out out/results -p repeats 
 FLOWER = 10x100x10,1000x100x5,1000x4x5
 CORE = fedavg,balanced_sampling,fedavg+la,duplication,uniform_shuffle,fedssg,oracle_real,centralised
 
-.PHONY: help course test notebooks results lab explorer doctor clean
+.PHONY: help course test quick lint notebooks results lab explorer doctor clean
 .NOTPARALLEL:
 
 help:  ## list these commands
@@ -31,12 +32,23 @@ help:  ## list these commands
 course: $(READY)  ## run all lessons on the built-in data; results and pages in out/
 	$(BIN)/python -m fedssg_helpers run $(ARGS)
 
-# A fresh FEDSSG_OUT: no cached run of an earlier day may stand in for a computation under test. Two workers take a file
-# each, in order: lessons stay whole, and slow ones are not left to the end.
-PYTEST = $(BIN)/python -m pytest -p no:cacheprovider -n 2 --dist loadfile --no-loadscope-reorder --nbval-lax \
-	--nbval-current-env --nbval-cell-timeout=$(CELL_TIMEOUT) $(TESTS)
-test: $(READY)  ## unit tests, then every lesson cell by cell; TESTS="tests/test_keys.py" for some of them
-	@out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && echo 'FEDSSG_OUT=... $(PYTEST)' && FEDSSG_OUT="$$out" $(PYTEST)
+# A fresh FEDSSG_OUT: no cached run of an earlier day may stand in for a computation under test.
+PYTEST = out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && FEDSSG_OUT="$$out" $(BIN)/python -m pytest -p no:cacheprovider
+# Two workers take a file each, in order: lessons stay whole, and slow ones are not left to the end. For one file they
+# would only cost their start.
+SIDE_BY_SIDE = -n 2 --dist loadfile --no-loadscope-reorder
+FILES = $(filter tests% notebooks%,$(TESTS))
+ONE_FILE = $(and $(findstring .,$(FILES)),$(filter 1,$(words $(FILES))))
+LESSONS = --nbval-lax --nbval-current-env --nbval-cell-timeout=$(CELL_TIMEOUT)
+test: $(READY)  ## unit tests, then every lesson cell by cell; TESTS=tests/test_keys.py for one file
+	@$(PYTEST) $(if $(ONE_FILE),,$(SIDE_BY_SIDE)) $(if $(findstring notebooks,$(TESTS)),$(LESSONS)) $(TESTS)
+
+quick: lint  ## lint, then the unit tests that take seconds: two minutes, before every commit
+	@$(PYTEST) $(SIDE_BY_SIDE) -q -m "not slow and not browser" tests
+
+lint: $(READY)  ## style and unused or tangled code (ruff)
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
 
 notebooks: $(READY)  ## run the committed notebooks again, in place
 	$(BIN)/python -m fedssg_helpers refresh $(ARGS)
@@ -63,7 +75,7 @@ doctor: $(READY)  ## is this machine ready for class?
 	$(BIN)/python -m fedssg_helpers doctor
 
 clean:  ## remove the environment and everything computed
-	rm -rf .venv out build *.egg-info .pytest_cache
+	rm -rf .venv out build *.egg-info .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 # Made once, and again only when the dependencies change. One pip call: torch and torchvision must match.

@@ -19,8 +19,7 @@ CURES = {
     "torch pair": "pip install --force-reinstall torch torchvision (both in one call)",
     "kernel": "python -m ipykernel install --sys-prefix; jupyter kernelspec remove the other",
     "widgets": "pip install ipywidgets jupyterlab_widgets into the server's environment",
-    "lessons": "clone the whole repository again",
-    "data": "git checkout data/phantom.npz",
+    "files": "git checkout data notebooks",
     "disk": "free at least 1 GB",
     "time": INSTALL,
 }
@@ -65,8 +64,8 @@ def run(options: argparse.Namespace) -> None:
     try:
         images = data.load(name, folder or None, options.size)
         for own in parameters.values():  # impossible values (alpha <= 0, too many hospitals) fail here
-            skew = {"alpha": own["alpha"]} if "alpha" in own else {}
-            partition.federate(images, own.get("seed", 0), count=own.get("hospitals", 0), **skew)
+            known = {"count": own.get("hospitals", 0), "alpha": own.get("alpha", 0.3)}
+            partition.federate(images, own.get("seed", 0), **known)
     except ValueError as error:
         raise course.CourseError(str(error)) from None
     start = time.perf_counter()
@@ -89,12 +88,10 @@ def check(what: str) -> tuple[bool, str]:
         case "widgets":
             folder = Path(sys.prefix, "share/jupyter/labextensions/@jupyter-widgets/jupyterlab-manager")
             return folder.is_dir(), f"{folder}, beside the Jupyter server"
-        case "lessons":
-            return True, f"{len(course.lessons())} in {course.LESSONS}"
-        case "data":
+        case "files":
             folders = {course.ROOT / "data", Path(os.environ.get("FEDSSG_DATA") or course.ROOT / "data")}
             found = sorted(path.stem for folder in folders for path in folder.glob("*.npz"))
-            return "phantom" in found, ", ".join(found)
+            return "phantom" in found, f"{len(course.lessons())} lessons; data sets: {', '.join(found)}"
         case "disk":
             free = shutil.disk_usage(course.ROOT).free / 1e9
             return free >= 1, f"{free:.0f} GB free"
@@ -132,13 +129,9 @@ def doctor() -> None:
 
 
 def main(words: list[str] | None = None) -> int:
-    """Run one command; a fault that a user can mend is one sentence on stderr, not a traceback.
-
-    Status: 0 done, 1 a lesson failed or the machine is not ready, 2 wrong input, 130 stopped by Ctrl-C.
-    """
+    """Run one command. Status: 0 done, 1 a lesson failed or not ready, 2 wrong input, 130 stopped by Ctrl-C."""
     options = arguments(words)
-    kept = "\nWhat ran is kept. To go on from there, give the same command with --resume."
-    kept = kept if options.command == "run" else ""
+    kept = "\nWhat ran is kept. Go on with the same command and --resume." if options.command == "run" else ""
     try:
         if options.command == "run":
             run(options)

@@ -63,7 +63,7 @@ def byte_budget(number: int, shape: tuple[int, int, int]) -> float:
     return 0.85 * number * math.prod(shape) + 400 * math.ceil(number / 100)
 
 
-def opened(answer: dict, asked: np.ndarray, shape: tuple[int, int, int]) -> tuple[tuple | None, str]:
+def opened(answer: dict, asked: np.ndarray, shape: tuple, any_size=False) -> tuple[tuple | None, str]:
     """A hospital's upload (images, labels, device) from its answer, or None and why the server refuses it.
 
     Needed are images uint8 (n, C, H, W), labels and device int64 (n,), packed small (`byte_budget`), and no more than
@@ -73,13 +73,15 @@ def opened(answer: dict, asked: np.ndarray, shape: tuple[int, int, int]) -> tupl
     for name, part in (("labels", labels), ("devices", device)):
         if not (isinstance(part, torch.Tensor) and part.ndim == 1 and part.dtype == torch.int64):
             return None, f"sent {_kind(part)} for {name}; needed is torch.int64 of shape (number of samples,)"
+    if not isinstance(pictures, list) or not all(isinstance(picture, bytes) for picture in pictures):
+        return None, f"sent {_kind(pictures)} for pictures; needed is a list of bytes"
     size, most = sum(map(len, pictures)), byte_budget(len(labels), shape)
-    if size > most:
+    if size > most and not any_size:
         why = "images pack well and noise does not, so it must look at its samples"
         return None, f"sent {size:.0f} bytes for {len(labels)} images, allowed are {most:.0f}; {why}"
     try:
         images = unpacked(pictures, *shape[:2])
-    except (OSError, ValueError, RuntimeError) as error:
+    except Exception as error:  # Pillow raises whatever a damaged picture makes it
         return None, f"sent pictures that cannot be read ({error})"
     why = _counts_refusal(images, labels, device, asked)
     return (None, why) if why else ((images, labels, device), "")

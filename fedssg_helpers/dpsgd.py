@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
+from .errors import require
 from .keys import one_thread
 from .models import scale, unscale
 
@@ -25,8 +26,7 @@ class ConditionalVAE(nn.Module):
 
     def __init__(self, channels: int, size: int, classes: int, generator, latent: int = 8, width: int = 32):
         super().__init__()
-        if size % 2:
-            raise ValueError(f"images have sides of {size} pixels; the private generator needs an even size")
+        require(size % 2 == 0, "size", size, "even for the private generator, which halves it")
         self.shape, self.classes, self.latent = (channels, size // 2, size // 2), classes, latent
         pixels = channels * (size // 2) ** 2
         self.encode = nn.Sequential(nn.Linear(pixels, width), nn.SiLU(), nn.Linear(width, 2 * latent))
@@ -74,8 +74,7 @@ def fit_private(images, labels, classes, epsilon, random, *, steps=400, batch=12
     """
     if missing := opacus_missing():
         raise ValueError(missing)
-    if not epsilon > 0:
-        raise ValueError(f"epsilon is {epsilon}; it must be above 0 (infinite: no noise)")
+    require(epsilon > 0, "epsilon", epsilon, "above 0 (infinite: no noise)")
     from opacus import PrivacyEngine
     from opacus.accountants.utils import get_noise_multiplier
 
@@ -108,8 +107,7 @@ class DPSGD:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if not value > 0:
-                raise ValueError(f"the private generator's {name} is {value}; it must be above 0")
+            require(value > 0, f"the private generator's {name}", value, "above 0")
         if missing := opacus_missing():
             raise ValueError(missing)
 

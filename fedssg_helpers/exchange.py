@@ -67,15 +67,17 @@ def exchange(channel, reports: Reports, how: Sharing, seed: int) -> Shared:
     agreed, costs = sharing.plan(reports.have, how.rule, how.budget), dict.fromkeys(COSTS, 0.0)
     none = torch.empty(0, *reports.shape, dtype=torch.uint8), *torch.empty(2, 0, dtype=torch.int64)
     uploads, refused, rejected, sizes = {}, {}, np.zeros_like(agreed.want), {}
+    oracle = isinstance(how.source, RealImages)  # a bound, not a protocol: its images are not judged
     asked = {k: dict(seed=seed, sharing=how, wanted=torch.from_numpy(x)) for k, x in enumerate(agreed.upload)}
     for k, answer, why in channel.ask("generate", asked):
         if answer:
-            uploads[k], why = checks.opened(answer, agreed.upload[k], reports.shape)
-            rejected[k], sizes[k] = answer["rejected"], sum(map(len, answer["pictures"]))
+            uploads[k], why = checks.opened(answer, agreed.upload[k], reports.shape, any_size=oracle)
             costs["generator_seconds"] += answer["seconds"]
         if why:
             refused[k], uploads[k] = why, none
-    if not isinstance(how.source, RealImages):  # the oracle is a bound, not a protocol
+        else:
+            rejected[k], sizes[k] = answer["rejected"], sum(map(len, answer["pictures"]))
+    if not oracle:
         refused |= checks.implausible_sources(sharing.Pool.of(uploads.values()), len(agreed.want[0]))
     pool = sharing.Pool.of([none if k in refused else upload for k, upload in uploads.items()])
     costs["bytes_samples_up"] = float(sum(size for k, size in sizes.items() if k not in refused))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .errors import require
 from .keys import one_thread
 from .models import augment, plausible_orientations, scale, unscale
 
@@ -34,8 +35,7 @@ class VAE(nn.Module):
     def __init__(self, channels: int, size: int, latent: int, generator: torch.Generator):
         super().__init__()
         pixels, self.shape = channels * size * size, (channels, size, size)
-        if not 1 <= latent < pixels:
-            raise ValueError(f"latent is {latent}; images of shape {self.shape} allow 1 to {pixels - 1}")
+        require(1 <= latent < pixels, "latent", latent, f"1 to {pixels - 1} for images of shape {self.shape}")
         self.linear = True  # the residuals are still zero: do not compute them
         self.mu = nn.Parameter(torch.zeros(pixels))
         self.encode_matrix = nn.Parameter(torch.zeros(latent, pixels))
@@ -185,8 +185,7 @@ class Generator:
         if cell not in self.mean:
             others = f"choose one of {sorted(self.mean)}"
             raise ValueError(f"cell {cell} had fewer than {MINIMUM} images to learn from; {others}")
-        if not temperature >= 0:
-            raise ValueError(f"temperature is {temperature}; it must be 0 or more")
+        require(temperature >= 0, "temperature", temperature, "0 or more")
         normal = torch.from_numpy(random.standard_normal((number, len(self.mean[cell])), dtype=np.float32))
         return unscale(self.net.decode(self.mean[cell] + temperature * normal @ self.factor[cell].T))
 
@@ -247,8 +246,8 @@ class ClosedForm:
 
     def __post_init__(self):
         for name, least in (("latent", 1), ("steps", 0), ("temperature", 0)):
-            if not least <= (value := getattr(self, name)) < np.inf:
-                raise ValueError(f"the generator's {name} is {value}; it must be {least} or more")
+            value = getattr(self, name)
+            require(least <= value < np.inf, f"the generator's {name}", value, f"{least} or more")
 
     def __call__(self, images, labels, cells, random, orientations=None):
         """Learn from a hospital's images; gives ``sample(cell, number, random)``."""

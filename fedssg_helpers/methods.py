@@ -1,7 +1,8 @@
 """What each method changes against FedAvg (McMahan et al. 2017, arXiv 1602.05629): it is made of parts.
 
 A part is a small frozen dataclass whose ``__call__`` is the algorithm; with every part at its default a method is
-FedAvg. Your own part is a class or a function with the same arguments, in the same place:
+FedAvg. Your own part is a class or a function with the same arguments, in the same place (a gradient part derives from
+`Plain`, a view from `AsIs`):
 
     loss(logits, labels, log_prior)               a scalar; log_prior (C,): log frequency of each class as drawn
     batches(labels, own, progress)                chance (N,) of each image to be drawn; None: each once per pass
@@ -12,14 +13,14 @@ FedAvg. Your own part is a class or a function with the same arguments, in the s
 
 from __future__ import annotations
 
-import inspect
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
 from . import sharing as strategy
+from .described import describe as describe
 from .dpsgd import DPSGD
 from .errors import require
 from .generator import ClosedForm
@@ -28,6 +29,13 @@ from .protection import Protection
 from .sharing import Budget
 
 SOURCES = (ClosedForm, DPSGD)
+
+
+def _callable(owner, names: str) -> None:
+    for name in names.split():
+        value = getattr(owner, name)
+        good = callable(value) and not isinstance(value, type)
+        require(good, name, value, "a part, or a function of your own with its arguments")
 
 
 @dataclass(frozen=True)
@@ -203,9 +211,10 @@ class Momentum:
         require(0 <= self.beta < 1, "beta", self.beta, "in 0..1, without 1")
 
     def __call__(self, updates, weights, memory):
-        step = weights - self.inner(updates, weights, memory)
+        mean = self.inner(updates, weights, memory)
+        step = weights - mean
         memory["momentum_buffer"] = self.beta * memory.get("momentum_buffer", torch.zeros_like(step)) + step
-        return weights - memory["momentum_buffer"]
+        return weights - memory["momentum_buffer"] if self.beta else mean
 
 
 @dataclass(frozen=True)
@@ -219,6 +228,9 @@ class Copies:
 
     rule: object = strategy.class_and_device
     budget: Budget = Budget()
+
+    def __post_init__(self):
+        _callable(self, "rule")
 
 
 @dataclass(frozen=True)
@@ -241,6 +253,7 @@ class Sharing:
         to = ("hospitals", "server", "server only")
         require(self.to in to, "to", self.to, f"one of {to}")
         require(self.pretrain_steps >= 0, "pretrain_steps", self.pretrain_steps, "0 or above")
+        _callable(self, "rule" if isinstance(self.source, RealImages) else "rule source")
 
 
 @dataclass(frozen=True)
@@ -260,6 +273,10 @@ class Method:
     def __post_init__(self):
         require(0 < self.lr < np.inf, "lr", self.lr, "above 0")
         require(self.stays in ("", "norm", "all"), "stays", self.stays, "'', 'norm' or 'all'")
+        _callable(self, "loss batches gradient view server")
+        for name, base in (("gradient", Plain), ("view", AsIs), ("sharing", Sharing | Copies | None)):
+            value = getattr(self, name)
+            require(isinstance(value, base), name, value, f"of (a class derived from) {base}")
         to = getattr(self.sharing, "to", "")
         for wrong, why in (
             (self.pooled and self.sharing, "all images lie in one place, so nothing can be shared"),
@@ -302,50 +319,15 @@ PARTS = {
 } | strategy.RULES
 
 
-def describe(value):
-    """A method or part as JSON data: name and fields; your own classes and functions with source and what they use."""
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    if isinstance(value, tuple | list):
-        return [describe(item) for item in value]
-    if isinstance(value, dict):
-        return {str(key): describe(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray | np.generic | torch.Tensor):
-        return np.asarray(value).tolist()
-    kind = value if inspect.isroutine(value) or isinstance(value, type) else type(value)
-    entry = {"part": kind.__name__}
-    if kind is not value:
-        names = [f.name for f in fields(value)] if is_dataclass(value) else vars(value)
-        entry |= {name: describe(getattr(value, name)) for name in names}
-    if kind.__module__.split(".")[0] != __package__:
-        # Of a class the methods: Python finds the source of a notebook's functions, but not of its classes.
-        members = vars(kind) if isinstance(kind, type) else {"": kind}
-        code = [inspect.unwrap(f) for f in members.values() if inspect.isfunction(f)]
-        code = [f for f in code if f.__code__.co_filename != "<string>"]  # those that dataclass wrote
-        used = {n: v for n, v in members.items() if n[:1] != "_" and isinstance(v, str | int | float | tuple)}
-        for names in map(inspect.getclosurevars, code):
-            used |= names.nonlocals | names.globals
-        uses = {name: describe(used[name]) for name in used if used[name] is not kind and _own(used[name])}
-        entry |= {"source": [inspect.getsource(f) for f in code], "uses": uses}
-    return entry
-
-
-def _own(value) -> bool:
-    """Is this a value, or code of your own, and not of an installed package?"""
-    if isinstance(value, torch.Tensor) or is_dataclass(value) and not isinstance(value, type):
-        return True
-    return not inspect.ismodule(value) and getattr(value, "__module__", "__main__") == "__main__"
-
-
 def rebuild(entry):
     """Inverse of `describe` for the course's own parts: no code travels. A ValueError for any other part."""
     if isinstance(entry, list):
         return tuple(map(rebuild, entry))
     if not isinstance(entry, dict):
         return entry
-    name, rest = entry["part"], {key: rebuild(item) for key, item in entry.items() if key != "part"}
-    here = "source" not in rest and name in PARTS
-    require(
-        here, "a part of this method", name, "installed at every hospital: add it to fedssg_helpers there"
-    )
-    return PARTS[name](**rest) if is_dataclass(PARTS[name]) else PARTS[name]
+    name = entry.get("part")
+    here = "source code" not in entry and name in PARTS
+    needed = "installed at every hospital: add it to fedssg_helpers there"
+    require(here, "a part of this method", name, needed)
+    values = {key: rebuild(item) for key, item in entry.items() if key != "part"}
+    return PARTS[name](**values) if is_dataclass(PARTS[name]) else PARTS[name]

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import require
 from .generator import MINIMUM
 from .keys import one_thread
 from .models import augment, plausible_orientations
@@ -33,10 +34,9 @@ class Protection:
     outlier: float = 0.0
 
     def __post_init__(self):
-        if not 0 <= self.reject < 1:
-            raise ValueError(f"reject is {self.reject}; it is a fraction of unseen images: 0..1, without 1")
-        if not (0 <= self.noise < np.inf and 0 <= self.outlier < np.inf):
-            raise ValueError(f"noise is {self.noise} and outlier is {self.outlier}; both must be 0 or more")
+        require(0 <= self.reject < 1, "reject", self.reject, "a fraction of unseen images: 0..1, without 1")
+        require(0 <= self.noise < np.inf, "noise", self.noise, "0 or more")
+        require(0 <= self.outlier < np.inf, "outlier", self.outlier, "0 or more")
 
 
 @one_thread()

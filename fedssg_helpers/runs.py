@@ -89,8 +89,9 @@ def recipe(job: Job) -> Method:
 @functools.lru_cache(maxsize=2)
 def _data_digest(data: str, data_dir: str, size: int) -> str:
     images, digest = images_of(data, data_dir, size), hashlib.sha256()
-    for array in (images.images, images.labels, images.device, images.group):
-        digest.update(np.ascontiguousarray(array))
+    for array in (images.images, images.labels, images.device, images.group, images.official_test):
+        digest.update(np.ascontiguousarray(array if array is not None else ()))
+    digest.update(repr((images.classes, images.devices, images.simulated)).encode())
     return digest.hexdigest()
 
 

@@ -1,4 +1,5 @@
 """Fixtures that tests of several modules share."""
+
 from __future__ import annotations
 
 import os

@@ -1,4 +1,5 @@
-"""The part of a notebook that one of its cells stands on, so that a test need not run all of it."""
+"""The cells of a notebook that one of its cells needs, so that a test need not run all of them."""
+
 from __future__ import annotations
 
 import symtable
@@ -7,7 +8,11 @@ import symtable
 def names(source: str) -> tuple[set[str], set[str]]:
     """What a cell's code makes and what it uses, of the names that cells share."""
     made, used, tables = set(), set(), [symtable.symtable(source, "cell", "exec")]
-    made |= {s.get_name() for s in tables[0].get_symbols() if s.is_assigned() or s.is_imported() or s.is_namespace()}
+    made |= {
+        s.get_name()
+        for s in tables[0].get_symbols()
+        if s.is_assigned() or s.is_imported() or s.is_namespace()
+    }
     for table in tables:
         top = table.get_type() == "module"
         used |= {s.get_name() for s in table.get_symbols() if s.is_referenced() and (top or s.is_global())}

@@ -12,22 +12,24 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from fedssg_helpers import course, data, pages
+from fedssg_helpers import course, data
 from fedssg_helpers.__main__ import main
 
 PARAMETERS = """data: str = "phantom"  # data set
 out: str = ""  # folder
+size: int = 28  # pixels
 seed: int = 0  # first seed
 alpha: float = 0.3  # skew
 rounds: int = 2  # rounds"""
 PICTURE = "import matplotlib.pyplot as plt\nplt.plot([1, 2]);"
 SPEC = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
+FOLDED = "<details><summary>Solution</summary>\n\nIt is **7**.\n\n</details>"
 
 
 def write(path: Path, *sources: str, title: str = "A lesson") -> None:
     """A lesson: introduction, parameters, one cell per source; the last is the headline."""
     notebook = new_notebook(metadata={"kernelspec": SPEC})
-    intro = f"# {title}\n\nIt has a **first** sentence. And more: [next](01_second.ipynb)."
+    intro = f"# {title}\n\nA sentence. [Next](01_second.ipynb)\n\n{FOLDED}\n\n![a dot](dot.png)"
     cells = [new_markdown_cell(intro), new_code_cell(PARAMETERS), *map(new_code_cell, sources)]
     cells[1].metadata.tags = ["parameters"]
     cells[-1].metadata.tags = ["headline"]
@@ -42,6 +44,7 @@ def log(word: str) -> str:
 
 
 PHANTOM = data.load("phantom")  # once: the tests below are about running, not about loading
+PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 
 
 @pytest.fixture
@@ -58,11 +61,29 @@ def folder(tmp_path, monkeypatch):
     return lessons
 
 
+@pytest.fixture
+def quick(folder, monkeypatch):
+    """The two lessons, executed without a kernel: each notes in log.txt that it ran, and fails as it would."""
+
+    def execute(path, target, parameters, title):
+        notebook = nbformat.read(path, 4)
+        failed = path.stem == "01_second" and (folder / "broken").exists()
+        notebook.metadata.papermill = {"parameters": parameters, "exception": failed, "duration": 1.0}
+        nbformat.write(notebook, target)
+        with (folder / "log.txt").open("a") as file:
+            file.write(f"{path.stem}\n")
+        if failed:
+            raise course.CourseError("told to fail", code=1)
+
+    monkeypatch.setattr(course, "execute", execute)
+    return folder
+
+
 def start(folder: Path, out: Path, *words: str) -> int:
     return main(["run", "--lessons", str(folder), "--out", str(out), *words])
 
 
-def test_run_in_order_with_pages_and_index(folder, tmp_path, monkeypatch, capsys):
+def test_a_run_with_a_failing_cell_and_its_resumption(folder, tmp_path, monkeypatch, capsys):
     # A kernel of the same name elsewhere and another plotting back end must not get in the way.
     foreign = tmp_path / "foreign" / "kernels" / "python3"
     foreign.mkdir(parents=True)
@@ -70,73 +91,90 @@ def test_run_in_order_with_pages_and_index(folder, tmp_path, monkeypatch, capsys
     (foreign / "kernel.json").write_text(json.dumps(spec))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "foreign"))
     monkeypatch.setenv("MPLBACKEND", "agg")
-    out = tmp_path / "out"
-    assert start(folder, out, "-p", "rounds", "7", "-p", "alpha", "1") == 0
-    assert (folder / "log.txt").read_text() == "first 7 1.0\nsecond 7 1.0\n"
-    assert {"00_first.html", "01_second.html", "index.html", "results.csv", "notebooks"} <= {
-        path.name for path in out.iterdir()
-    }
-    ran = nbformat.read(out / "notebooks" / "00_first.ipynb", as_version=4)
-    assert ran.metadata.papermill.parameters == {
-        "data": "phantom",
-        "out": str(out),
-        "rounds": 7,
-        "alpha": 1.0,
-    }
-    index = (out / "index.html").read_text()
-    assert index.index("Start &amp; go") < index.index("Second")
-    assert index.count("data:image/png;base64,") == 2
-    assert "<p>It has a first sentence.</p>" in index and 'href="results.csv"' in index
-    assert "phantom · quick profile" in index and "Not for clinical use" in index
-    page = (out / "00_first.html").read_text()
-    assert 'href="01_second.html"' in page and "data:image/png;base64," in page
-    assert 'src=""' not in page and "require.min.js" not in page
-    assert "cell 6/6" in capsys.readouterr().err
-
-
-def test_failing_cell_is_named_and_resume_goes_on_there(folder, tmp_path, capsys):
+    (folder / "dot.png").write_bytes(course.base64.b64decode(PNG))
     (folder / "broken").touch()
     out = tmp_path / "out"
-    assert start(folder, out) == 1
+    words = ["-p", "rounds", "7", "-p", "alpha", "1"]
+
+    assert start(folder, out, *words) == 1
     said = capsys.readouterr().err
+    assert "00_first (1 of 2)" in said and "5/5 cells" in said
     assert "01_second.ipynb, cell 4 of 6 (In [4]) failed" in said
     assert "# does it hold?" in said and "AssertionError: told to fail" in said
-    assert "--resume" in said and "Traceback" not in said
+    assert "--resume" in said and "Traceback" not in said and "WARNING" not in said
     assert "told to fail" in (out / "01_second.html").read_text(), "the part that ran is kept"
     assert "stopped at an error" in (out / "index.html").read_text()
+
     (folder / "broken").unlink()
-    assert start(folder, out, "--resume") == 0
-    assert (folder / "log.txt").read_text().split()[::3] == ["first", "second", "second"]
-    assert "stopped at an error" not in (out / "index.html").read_text()
-    # Other parameters are another run, resumed or not; what is chosen by --only leaves the rest alone.
-    assert start(folder, out, "--resume", "-p", "seed", "5", "--only", "00") == 0
-    assert (folder / "log.txt").read_text().split()[::3] == ["first", "second", "second", "first"]
-    assert set(json.loads((out / course.RECORD).read_text())["lessons"]) == {"00_first", "01_second"}
+    assert start(folder, out, *words, "--resume") == 0
+    assert "00_first: done before" in capsys.readouterr().out
+    assert (folder / "log.txt").read_text() == "first 7 1.0\nsecond 7 1.0\nsecond 7 1.0\n"
+    made = {"00_first.html", "01_second.html", "index.html", "results.csv", "notebooks", course.LOCK}
+    assert {path.name for path in out.iterdir()} == made
+    ran = nbformat.read(out / "notebooks" / "00_first.ipynb", as_version=4).metadata.papermill
+    assert ran.parameters == {"data": "phantom", "out": str(out), "size": 28, "rounds": 7, "alpha": 1.0}
+
+    index = (out / "index.html").read_text()
+    assert "stopped at an error" not in index and index.count("data:image/png;base64,") == 2
+    assert index.index("Start &amp; go") < index.index("Second") and 'href="results.csv"' in index
+    assert "phantom" in index and "rounds 7" in index and "Not for clinical use" in index
+    page = (out / "00_first.html").read_text()
+    assert "<title>Start &amp; go</title>" in page and 'href="index.html"' in page
+    assert 'href="01_second.html"' in page and f'src="data:image/png;base64,{PNG}"' in page
+    fold = page[page.index("<details>") : page.index("</details>")]
+    assert "<summary>Solution</summary>" in fold and "It is <strong>7</strong>." in fold
+    assert 'src=""' not in page and "require.min.js" not in page and "mermaid" not in page
+    assert '<script async="" src="https://cdnjs' in page, "nothing waits for the network"
+
+
+def test_what_is_done_is_skipped_only_if_nothing_changed(quick, tmp_path):
+    def ran(*words):
+        (quick / "log.txt").write_text("")
+        assert start(quick, tmp_path / "out", *words) == 0
+        return (quick / "log.txt").read_text().split()
+
+    both = ["00_first", "01_second"]
+    assert ran() == both and ran() == both and ran("--resume") == []
+    assert ran("--resume", "-p", "seed", "5", "--only", "00") == ["00_first"], "other parameters"
+    assert ran("--resume", "-p", "seed", "5") == ["01_second"]
+    write(quick / "00_first.ipynb", "1 + 1")
+    assert ran("--resume", "-p", "seed", "5") == ["00_first"], "another source"
+    assert ran("--only", "01") == ["01_second"], "chosen by name: runs again, and leaves the rest alone"
+    assert {"00_first.html", "01_second.html"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_a_fresh_run_clears_only_what_a_run_made(quick, tmp_path):
+    out = tmp_path / "out"
+    made = ["cache/x.npz", "notebooks/02_c.ipynb", "02_c.html", "results.csv"]
+
+    def left(*words):
+        assert start(quick, out, *words) == 0
+        return {name for name in [*made, "notes.txt"] if (out / name).exists()}
+
+    assert left() == set()
+    (out / "cache").mkdir()
+    for name in [*made, "notes.txt"]:
+        (out / name).touch()
+    nbformat.write(nbformat.read(out / "notebooks" / "00_first.ipynb", 4), out / "notebooks" / "02_c.ipynb")
+    assert left("--resume") == left("--only", "00") == {*made, "notes.txt"}
+    assert left() == {"notes.txt"}
 
 
 @pytest.mark.parametrize(
     "words, said",
     [
-        (
-            ["-p", "round", "3"],
-            "no lesson has a parameter 'round'; known here: alpha, data, out, rounds, seed",
-        ),
-        (["-p", "rounds", "many"], "parameter 'rounds' must be a whole number, not 'many'"),
-        (["-p", "data", "ham10000"], "set 'data' with --data"),
-        (["--only", "07"], "no lesson starts with '07'; there are: 00_first, 01_second"),
+        ("-p round 3", "no lesson has a parameter 'round'; known here: alpha, data, out, rounds, seed, size"),
+        ("-p rounds many", "parameter 'rounds' must be a whole number, not 'many'"),
+        ("-p data ham10000", "set 'data' with --data"),
+        ("--only 07", "no lesson starts with '07' in "),
+        ("-p alpha -1", "alpha is -1.0"),
     ],
 )
 def test_wrong_words_stop_before_anything_runs(folder, tmp_path, capsys, words, said):
-    assert start(folder, tmp_path / "out", *words) == 2
-    assert said in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_an_impossible_dial_is_one_sentence_before_anything_runs(folder, tmp_path, capsys):
-    assert start(folder, tmp_path / "out", "-p", "alpha", "-1") == 2
-    said = capsys.readouterr().err
-    assert "alpha is -1.0" in said and "Traceback" not in said
-    assert not (folder / "log.txt").exists()
+    assert start(folder, tmp_path / "out", *words.split()) == 2
+    error = capsys.readouterr().err
+    assert said in error and "Traceback" not in error
+    assert not (tmp_path / "out").exists() and not (folder / "log.txt").exists()
 
 
 def test_bad_data_is_one_sentence(folder, tmp_path, monkeypatch, capsys):
@@ -156,34 +194,13 @@ def test_foreign_or_unwritable_output_folder_is_refused(folder, tmp_path, capsys
     assert (tmp_path / "mine.txt").read_text() == "keep me" and not (folder / "log.txt").exists()
 
 
-def test_a_fresh_run_clears_only_what_a_run_made(tmp_path):
-    paths = [Path("00_a.ipynb"), Path("01_b.ipynb")]
-    made = ["cache/x.npz", "notebooks/00_a.ipynb", "00_a.html", "index.html", "results.csv"]
-
-    def fill():
-        for name in [*made, "notes.txt"]:
-            (tmp_path / name).parent.mkdir(exist_ok=True)
-            (tmp_path / name).touch()
-        record = {"lessons": {"00_a": {"status": "done"}, "01_b": {"status": "done"}}}
-        (tmp_path / course.RECORD).write_text(json.dumps(record))
-
-    fill()
-    assert set(course.prepare(tmp_path, paths, resume=True, everything=True)["lessons"]) == {"00_a", "01_b"}
-    assert set(course.prepare(tmp_path, paths[:1], resume=False, everything=False)["lessons"]) == {"01_b"}
-    assert all((tmp_path / name).exists() for name in made)
-    fill()
-    assert course.prepare(tmp_path, paths, resume=False, everything=True)["lessons"] == {}
-    assert not any((tmp_path / name).exists() for name in made)
-    assert (tmp_path / "notes.txt").exists()
-    (tmp_path / course.RECORD).write_text("{")
-    with pytest.raises(course.CourseError, match="damaged"):
-        course.prepare(tmp_path, paths, resume=True, everything=True)
-
-
-def test_a_dead_kernel_is_named(folder, tmp_path, capsys):
+def test_a_dead_kernel_is_named_and_not_taken_for_done(folder, tmp_path, capsys):
     write(folder / "00_first.ipynb", "import os\nos._exit(9)")
     assert start(folder, tmp_path / "out", "--only", "00") == 1
     assert "00_first.ipynb, cell 3 of 3: the kernel died" in capsys.readouterr().err
+    assert "stopped at an error" in (tmp_path / "out" / "index.html").read_text()
+    parameters = course.chosen([folder / "00_first.ipynb"], {"data": "phantom"}, {})
+    assert not course.done(folder / "00_first.ipynb", tmp_path / "out", *parameters.values())
 
 
 def test_keyboard_stop_says_how_to_go_on(folder, tmp_path, monkeypatch, capsys):
@@ -208,19 +225,18 @@ def test_an_appendix_runs_only_where_it_is_named(folder):
 def test_parameters_go_only_where_they_are_declared(folder):
     first, second = course.lessons(folder)
     notebook = nbformat.read(second, as_version=4)
-    notebook.cells[1].source = "rounds: int = 1\nshow: bool = True\nname = 'x'"
+    notebook.cells[1].source = "rounds: int = 1\nshow: bool = True\nname: str = 'x'"
     nbformat.write(notebook, second)
-    assert course.declared(second) == {"rounds": "int", "show": "bool", "name": "str"}
-    common = {"data": "phantom"} | course.PROFILES["full"]
-    parameters = course.chosen([first, second], common, {"show": "no", "alpha": "2", "name": "1"})
-    assert parameters[first] == {"data": "phantom", "rounds": 40, "alpha": 2.0}
+    common = {"data": "phantom", "size": 64} | course.PROFILES["full"]
+    parameters = course.chosen([first, second], common, {"show": "false", "alpha": "2", "name": "1"})
+    assert parameters[first] == {"data": "phantom", "size": 64, "rounds": 40, "alpha": 2.0}
     assert parameters[second] == {"rounds": 40, "show": False, "name": "1"}
 
 
 def test_refresh_rewrites_in_place_without_traces(folder, monkeypatch):
     monkeypatch.setenv("FEDSSG_DATA", "/nowhere")
     noisy = "import sys, ipywidgets\nprint('numbers')\nprint('noise', file=sys.stderr)\nipywidgets.Button()"
-    fresh = "import os\nassert os.path.isdir(os.environ['FEDSSG_OUT']) and 'FEDSSG_DATA' not in os.environ"
+    fresh = "import os\nassert os.path.isdir(os.environ['FEDSSG_OUT']) and not os.environ['FEDSSG_DATA']"
     path = folder / "00_first.ipynb"
     write(path, noisy, fresh, "", PICTURE)
     words = ["refresh", "--lessons", str(folder), "--only", "00"]
@@ -230,34 +246,40 @@ def test_refresh_rewrites_in_place_without_traces(folder, monkeypatch):
     assert [cell.id for cell in notebook.cells] == [f"00_first-{n}" for n in range(6)]
     assert [cell.get("execution_count") for cell in notebook.cells] == [None, 1, 2, 3, None, 4]
     assert [output.get("text") for output in notebook.cells[2].outputs] == ["numbers\n"]
-    assert notebook.cells[5].metadata == {"tags": ["headline"]} and pages.headline(notebook)
+    assert notebook.cells[5].metadata == {"tags": ["headline"]}
+    picture = course.base64.b64encode((folder / "images" / "00_first.png").read_bytes()).decode()
+    assert picture == course.headline(notebook)
     before = path.read_bytes()
-    assert main(words) == 0
-    assert path.read_bytes() == before
-    write(path, "1 / 0")
-    before = path.read_bytes()
+    monkeypatch.setattr(course, "execute", lambda *a: (_ for _ in ()).throw(course.CourseError("no", 1)))
     assert main(words) == 1
     assert path.read_bytes() == before
 
 
-def test_stripped_copy():
-    button = {"text/plain": "Button()", pages.WIDGET: {"model_id": "x"}}
-    cell = new_code_cell("show()", execution_count=9, metadata={"papermill": {}, "tags": ["headline"]})
+def test_stripped():
+    button = {"text/plain": "Button()", "application/vnd.jupyter.widget-view+json": {"model_id": "x"}}
+    cell = new_code_cell("show()", execution_count=1, metadata={"papermill": {}, "tags": ["headline"]})
     cell.outputs = [
         new_output("stream", name="stderr", text="bar"),
         new_output("display_data", button),
-        new_output("execute_result", {"text/plain": "7"}, execution_count=9),
+        new_output("execute_result", {"text/plain": "7"}, execution_count=1),
     ]
-    injected = new_code_cell("rounds = 7", metadata={"tags": ["injected-parameters"]})
-    notebook = new_notebook(cells=[injected, cell], metadata={"widgets": {"state": {}}, "papermill": {}})
-    committed, shown = pages.stripped(notebook), pages.stripped(notebook, keep_dials=True)
+    notebook = new_notebook(cells=[cell], metadata={"widgets": {"state": {}}, "papermill": {}})
+    committed = course.stripped(notebook)
     assert [output.data for output in committed.cells[0].outputs] == [{"text/plain": "7"}]
     assert committed.cells[0].metadata == {"tags": ["headline"]}
-    assert committed.cells[0].outputs[0].execution_count == committed.cells[0].execution_count == 1
-    assert len(shown.cells) == 2, "a reader of the page sees which parameters ran"
-    assert "move the dials in JupyterLab" in shown.cells[1].outputs[0].data["text/html"]
-    assert not {"widgets", "papermill"} & (set(committed.metadata) | set(shown.metadata))
-    assert cell.execution_count == 9 and len(cell.outputs) == 3, "the original is left alone"
+    assert set(committed.metadata) == {"kernelspec", "language_info"}
+
+
+def test_a_page_needs_no_kernel(tmp_path):
+    button = {"text/plain": "Button()", "application/vnd.jupyter.widget-view+json": {"model_id": "x"}}
+    cell = new_code_cell("show()", metadata={"jupyter": {"source_hidden": True}})
+    cell.outputs = [new_output("stream", name="stderr", text="noise"), new_output("display_data", button)]
+    state = {"application/vnd.jupyter.widget-state+json": {"state": {"x": {}}}}
+    notebook = new_notebook(cells=[new_markdown_cell("# Title"), cell], metadata={"widgets": state})
+    nbformat.write(notebook, tmp_path / "lesson.ipynb")
+    page = course.page(tmp_path / "lesson.ipynb", tmp_path)
+    assert "move the sliders in JupyterLab" in page and "model_id" not in page and "noise" not in page
+    assert "<details><summary>Code</summary>" in page and page.rstrip().endswith("</html>")
 
 
 def test_doctor_answers_fast():
@@ -267,9 +289,10 @@ def test_doctor_answers_fast():
     )
     after = os.times()
     used = after.children_user + after.children_system - before.children_user - before.children_system
-    assert used < 5, "seconds of work; a clock on the wall would measure the machine's other business"
+    assert used < 10, "seconds of work; a clock on the wall would measure the machine's other business"
     assert "Traceback" not in result.stderr
-    lines = {line.split()[1]: line.split()[0] for line in result.stdout.splitlines() if line[:1] in "OM"}
-    assert {"Python", "torch", "kernel", "widgets", "lessons", "data", "disk", "cores", "time"} <= set(lines)
+    lines = {line[9:29].strip(): line.split()[0] for line in result.stdout.splitlines() if line[:1] in "OM"}
+    assert {"torch pair", "kernel", "widgets", "files", "disk", "time"} <= set(lines)
+    assert any(name.startswith("torch>=") for name in lines)
     assert result.returncode == int("MISSING" in lines.values())
     assert "'make course' takes about" in result.stdout

@@ -1,9 +1,14 @@
-"""The explorers without a browser: the plumbing, and what each dial means by the notebooks' own functions."""
+"""Figures and explorers without a browser, and what each slider means by the notebooks' own functions."""
+
 from __future__ import annotations
 
 import asyncio
 import re
+import subprocess
+import sys
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import ipywidgets as widgets
 import matplotlib
@@ -11,11 +16,12 @@ import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
 import pytest
-
-from fedssg_helpers import course, explore, plots
 from slices import names, needed
 
-NOTEBOOKS = {path.stem.split("_")[0]: path for path in course.LESSONS.glob("*.ipynb")}
+from fedssg_helpers import explore, methods, plots
+
+LESSONS = Path(__file__).parent.parent / "notebooks"
+NOTEBOOKS = {path.stem.split("_")[0]: path for path in LESSONS.glob("*.ipynb")}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,8 +47,8 @@ def of(box, kind):
 
 
 def words(box) -> str:
-    text = next(part.value for part in of(box, widgets.HTML) if 'role="status"' in part.value)
-    return re.sub(r"<[^>]*>", "", text)
+    found = (re.search('role="status"[^>]*>(.*)</div>', part.value) for part in of(box, widgets.HTML))
+    return re.sub(r"<[^>]*>", "", next(filter(None, found))[1])
 
 
 def figure():
@@ -74,10 +80,81 @@ def said(drawn) -> str:
     return text
 
 
-# --- the plumbing ---
+# --- figures ---
 
 
-def test_a_dial_redraws_and_an_impossible_value_is_a_sentence(shown):
+def test_every_method_has_a_colour_of_its_own_and_so_has_a_method_of_the_user():
+    assert set(plots.METHOD_COLOURS) == set(methods.METHODS)
+    assert len({tuple(colour) for colour in plots.METHOD_COLOURS.values()}) == len(methods.METHODS)
+    for name in methods.METHODS:
+        assert plots.method_colour(name) == plots.METHOD_COLOURS[name]
+    mine = plots.method_colour("my method")
+    assert mine == plots.method_colour("my method") and mine not in plots.METHOD_COLOURS.values()
+    assert max(mine) - min(mine) > 0.2, "not grey"
+    assert len({plots.method_colour(f"my method {i}") for i in range(40)}) > 4
+
+
+def test_bars_draw_a_method_of_the_user_and_a_dash_where_nothing_is_scored():
+    _, axis = plt.subplots()
+    plots.bars(axis, {"fedavg": np.array([0.5, np.nan]), "mine": np.array([0.25, 1])}, ["a", "b"])
+    assert [text.get_text() for text in axis.texts] == ["0.50", "–", "0.25", "1.00"]
+    assert axis.containers[1][0].get_facecolor()[:3] == plots.method_colour("mine")
+    _, axis = plt.subplots()
+    plots.bars(axis, {"real": [0.5]}, ["a"], "title", {"real": "black"})
+    assert axis.containers[0][0].get_facecolor()[:3] == (0, 0, 0)
+    plt.close("all")
+
+
+def test_mosaics_place_every_image():
+    images = np.arange(1, 4, dtype=np.uint8)[:, None, None, None] * np.ones((1, 1, 4, 4), np.uint8)
+    _, axes = plt.subplots(1, 4)
+    plots.strip(axes[0], images, columns=2)
+    assert axes[0].images[0].get_array()[[1, 1, 7, 7], [1, 7, 1, 7], 0].tolist() == [1, 2, 3, 255]
+    plots.strip(axes[1], images[:0], "none")
+    assert not axes[1].images and axes[1].get_title() == "none"
+    plots.wall(axes[2], [("a", images), ("b", images[:1]), ("a", images[:2])], every=2)
+    assert axes[2].images[0].get_array().shape == (3 * 6 + 1, 3 * 6, 3), "a gap after two rows"
+    assert axes[2].get_yticks().tolist() == [3, 9, 16]
+    known = SimpleNamespace(images=images, labels=np.array([0, 1, 1]), device=np.array([1, 0, 0]))
+    plots.archive(axes[3], known, ["one", "two"], ["left", "right"], np.random.default_rng(0), per_cell=2)
+    picture = axes[3].images[0].get_array()[[1, 1, 7, 7], [1, 14, 1, 14], 0].tolist()
+    assert picture[:2] == [255, 1] and picture[2] in (2, 3) and picture[3] == 255
+    assert [label.get_text() for label in axes[3].get_yticklabels()] == ["one (1)", "two (2)"]
+    plt.close("all")
+
+
+def test_source_of_helpers_and_of_a_notebooks_own_cells():
+    both = plots.show_source(plots.short, plots.theme).data
+    assert both.startswith("def short(") and "\n\n\ndef theme(" in both
+    assert plots.show_source(explore._Panel.values).data.startswith("def values(self)"), (
+        "a method is not indented"
+    )
+    assert plots.show_source(methods.Proximal).data.startswith("@dataclass(frozen=True)\nclass Proximal")
+    with pytest.raises(OSError):
+        plots.show_source(type("Nowhere", (), {"__module__": "__main__"}))
+    mine = "@dataclass(frozen=True)\nclass Mine:\n    x: int = 1\n\n    def __call__(self):\n        pass"
+    other = "def other():\n    return 1"
+    show = "from fedssg_helpers import plots\nprint(plots.show_source(Mine, other).data)"
+    cells = [
+        "from dataclasses import dataclass\nclass Mine: pass",
+        f"{other}\n\n{mine}\ny = 2",
+        "class Mine(",
+        show,
+    ]
+    code = f"""
+from IPython.core.interactiveshell import InteractiveShell
+shell = InteractiveShell.instance()
+for cell in {cells!r}:
+    shell.run_cell(cell, store_history=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.stdout.endswith(f"{mine}\n\n\n{other}\n")
+
+
+# --- explorers ---
+
+
+def test_a_slider_redraws_and_an_impossible_value_is_a_sentence(shown):
     def draw(n, word):
         begun = figure()
         if n > 2:
@@ -86,7 +163,10 @@ def test_a_dial_redraws_and_an_impossible_value_is_a_sentence(shown):
             raise IndexError("a student's slip")
         return begun, f"{n} {word}"
 
-    n, word = widgets.IntSlider(1, 0, 5, description="n", tooltip="a number"), widgets.Text("a", description="word")
+    n, word = (
+        widgets.IntSlider(1, 0, 5, description="n", tooltip="a number"),
+        widgets.Text("a", description="word"),
+    )
     explore.explorer(draw, n=n, word=word)
     picture, first = of(shown[0], widgets.Image)[0], of(shown[0], widgets.Image)[0].value
     assert words(shown[0]) == "1 a" and not n.continuous_update and picture.layout.height == "420px"
@@ -104,15 +184,23 @@ def test_a_figure_alone_will_do_and_lists_show_their_tooltip(shown):
     choice = widgets.Dropdown(options=["a"], description="rule", tooltip='the "rule"')
     explore.explorer(lambda rule: figure(), rule=choice)
     assert words(shown[0]) == "" and of(shown[0], widgets.Image)[0].value
-    assert choice.description == '<span title="the &quot;rule&quot;">rule</span>' and choice.description_allow_html
+    assert (
+        choice.description == '<span title="the &quot;rule&quot;">rule</span>'
+        and choice.description_allow_html
+    )
 
 
-def test_linked_dials_are_drawn_once_in_the_thread_that_runs_cells(shown):
+def test_linked_sliders_are_drawn_once_in_the_thread_that_runs_cells(shown):
     drawn = []
 
     async def kernel():
-        one, two = widgets.IntSlider(0, 0, 9, description="one"), widgets.IntSlider(0, 0, 9, description="two")
-        explore.explorer(lambda **v: drawn.append((v, threading.current_thread())) or figure(), one=one, two=two)
+        one, two = (
+            widgets.IntSlider(0, 0, 9, description="one"),
+            widgets.IntSlider(0, 0, 9, description="two"),
+        )
+        explore.explorer(
+            lambda **v: drawn.append((v, threading.current_thread())) or figure(), one=one, two=two
+        )
 
         def moved():
             one.value = two.value = 7
@@ -153,7 +241,10 @@ def test_a_live_run_is_stopped_and_started_again(shown):
         explore.live(work, lambda: (figure(), f"{len(kept)} kept"), n=n)
         box = shown[0]
         start, stop = of(box, widgets.Button)
-        bar, state = of(box, widgets.IntProgress)[0], lambda: " ".join(part.value for part in of(box, widgets.HTML))
+        bar, state = (
+            of(box, widgets.IntProgress)[0],
+            lambda: " ".join(part.value for part in of(box, widgets.HTML)),
+        )
         await until(lambda: words(box) == "0 kept")
         assert stop.disabled and not start.disabled
         start.click()
@@ -181,14 +272,16 @@ def test_a_live_run_is_stopped_and_started_again(shown):
 
 
 def test_slices_of_a_notebook():
-    made, used = names("import numpy as np\ndef f(x):\n    y = np.sum(x) + z\n    return y\n"
-                       "for i in range(3): pass\nw = f(i)")
+    made, used = names(
+        "import numpy as np\ndef f(x):\n    y = np.sum(x) + z\n    return y\n"
+        "for i in range(3): pass\nw = f(i)"
+    )
     assert made == {"np", "f", "i", "w"} and {"z", "range", "f", "np"} <= used and not {"x", "y"} & used
     sources = ["a = 1", "b = 2", "a = 3", "c = lambda: a", "d = c() + e", "print(d)"]
     assert needed([nbformat.v4.new_code_cell(s) for s in sources], [5]) == [2, 3, 4, 5]
 
 
-# --- what the notebooks' dials mean ---
+# --- what the notebooks' sliders mean ---
 
 
 def test_00_two_archives(monkeypatch):
@@ -196,15 +289,18 @@ def test_00_two_archives(monkeypatch):
     k = int(np.argmax((known["have"].sum(2) == 0).sum(1)))
     text = said(known["draw"](k, 0, 1))
     lacks = int((known["have"][k].sum(1) == 0).sum())
-    assert f"hospital {k} holds {len(known['clients'][k])} images and lacks {lacks} of 6 classes; hospital 0" in text
+    assert (
+        f"hospital {k} holds {len(known['clients'][k])} images and lacks {lacks} of 6 classes; hospital 0"
+        in text
+    )
 
 
-def test_01_each_dial_moves_its_own_number(monkeypatch):
+def test_01_each_slider_moves_its_own_number(monkeypatch):
     known = part_of("01", "draw", monkeypatch)
     start = dict(alpha=0.3, device_mix=0.0, count=10, tail=1, size_skew=0.0, look=0)
 
-    def at(pattern, **dials):
-        return number(pattern, said(known["draw"](**start | dials)))
+    def at(pattern, **moved):
+        return number(pattern, said(known["draw"](**start | moved)))
 
     label, device = r"label divergence ([.\d]+)", r"device divergence ([.\d]+)"
     assert at(label, alpha=0.03) > at(label) > at(label, alpha=100) and at(device) == at(device, alpha=100)
@@ -219,8 +315,8 @@ def test_02_latent_walk_temperature_and_quality(monkeypatch):
     known = part_of("02", "draw", monkeypatch)
     cell = known["able"][0]
 
-    def at(pattern, *dials):
-        return number(pattern, said(known["draw"](cell, *dials)))
+    def at(pattern, *moved):
+        return number(pattern, said(known["draw"](cell, *moved)))
 
     lies, stray = r"lies ([.\d]+)", r"stray ([.\d]+)"
     assert at(lies, 0, 0, 0.9) == 0 < at(lies, 1, 0, 0.9) < at(lies, 3, 0, 0.9)
@@ -236,8 +332,8 @@ def test_03_budget_and_silence(monkeypatch):
     known = part_of("03", "draw", monkeypatch)
     start = dict(rule="class_and_device", fill=200, cell=120, worth=0.5, receive=1500, silent=())
 
-    def at(pattern, **dials):
-        return number(pattern, said(known["draw"](**start | dials)))
+    def at(pattern, **moved):
+        return number(pattern, said(known["draw"](**start | moved)))
 
     dealt, after, most = r"(\d+) samples dealt", r"before, (\d+) after", r"to (\d+) to each"
     assert at(dealt, fill=400) > at(dealt) > at(dealt, fill=100, cell=60)
@@ -261,7 +357,7 @@ def test_04_a_live_run_grows_stops_and_is_kept(monkeypatch):
 
     train(tell, "fedavg", 5, 1, 100.0)
     assert seen == [(0, 5), (1, 5), (2, 5)]
-    (method, run, asked), = kept.values()
+    ((method, run, asked),) = kept.values()
     assert (method, asked, len(run.took_part)) == ("fedavg", 5, 2) and run.rounds.tolist() == [0, 1, 2]
     text = said(known["grown"]())
     assert re.match(r"run 1: fedavg, 1 ep., alpha 100: round 2 of 5, balanced accuracy 0\.\d\d; 1 run", text)
@@ -274,7 +370,10 @@ def test_05_class_and_device_pick_a_line_of_the_file(monkeypatch):
     known = part_of("05", "draw", monkeypatch)
     draw, setting = known["draw"], "ham10000/by_device"
     metric_of = known["metric_of"]
-    assert metric_of("df", "all devices") == "recall[df]" and metric_of("df", "rosendahl") == "recall[df|rosendahl]"
+    assert (
+        metric_of("df", "all devices") == "recall[df]"
+        and metric_of("df", "rosendahl") == "recall[df|rosendahl]"
+    )
     assert metric_of("balanced_accuracy", "rosendahl") == "balanced_accuracy[rosendahl]"
     for what, device in (("balanced_accuracy", "all devices"), ("nv", "rosendahl")):
         pair, metric = ("fedssg", "fedavg"), metric_of(what, device)
@@ -288,13 +387,18 @@ def test_05_class_and_device_pick_a_line_of_the_file(monkeypatch):
 
 def test_explorer_page(monkeypatch):
     known = part_of("explorer", "draw", monkeypatch)
-    assert set(known["table"].shared) == set(known["RULES"]) and known["table"].balanced_accuracy.between(0, 1).all()
+    assert (
+        set(known["table"].shared) == set(known["RULES"])
+        and known["table"].balanced_accuracy.between(0, 1).all()
+    )
     assert known["table"].groupby(["alpha", "shared"]).size().nunique() == 1, "as many seeds behind each bar"
     rules, after = list(known["RULES"]), r", (\d+) after"
     texts = {rule: said(known["draw"](0.3, rule, 0.9)) for rule in (rules[0], rules[-1])}
     nothing, ours = texts.values()
     assert number(r"(\d+) of 240", nothing) == number(after, nothing) > number(after, ours)
-    scores = known["table"][(known["table"].alpha == 0.3) & (known["table"].shared == rules[-1])].balanced_accuracy
+    scores = known["table"][
+        (known["table"].alpha == 0.3) & (known["table"].shared == rules[-1])
+    ].balanced_accuracy
     assert f"balanced accuracy {scores.mean():.2f}, and" in ours
     want, offer = known["agreed"](0.3, rules[-1])
     calm, wild = (known["received"](0.3, want, offer, 2, t).float() for t in (0.0, 2.0))

@@ -1,343 +1,456 @@
-"""Flower: the same numbers as in one process, on every engine, and what happens when hospitals fail or lie."""
+"""Flower: the same bits as in one process, and what happens when hospitals fail or lie."""
 
 from __future__ import annotations
 
-import json
-import os
+import ast
 import random
-import signal
 import socket
 import ssl
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
+import nbformat
 import numpy as np
+import psutil
 import pytest
 import torch
 
-from fedssg_helpers import course, experiment, rounds, sharing
+from fedssg_helpers import runs, server
+from fedssg_helpers.client import Absence, Faults
 from fedssg_helpers.data import DataError
+from fedssg_helpers.methods import METHODS, Clipped, Median, Method, Scaffold, Sharing
 from fedssg_helpers.partition import Client
-from fedssg_helpers.rounds import Faults, Method
+from fedssg_helpers.protection import Protection
+from fedssg_helpers.sharing import Budget
 
-QUICK = replace(experiment.METHODS["fedssg"], pretrain_steps=20)
+ROOT = Path(__file__).resolve().parents[1]
+APP = ROOT / "notebooks" / "flowerapp"
+REAL = {"oracle_real", "centralised"}  # what they do is to move real images
+
+
+def quick(method: Method) -> Method:
+    """The same method with little pre-training."""
+    steps = getattr(method.sharing, "pretrain_steps", 0)
+    return replace(method, sharing=replace(method.sharing, pretrain_steps=20)) if steps else method
+
+
+QUICK = quick(METHODS["fedssg"])
 
 
 @pytest.fixture(scope="module")
-def flower():
+def app():
+    """The modules of the app, by name."""
     pytest.importorskip("flwr", reason="needs Flower: pip install -e '.[flower]'")
-    from flwr.supercore.task_identity import TaskIdentity
+    from flowerapp.fedssg_app import client_app, deploy, server_app, task
 
-    from fedssg_helpers import flower
-
-    TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1  # messages can then be made outside a run
-    return flower
+    return SimpleNamespace(client_app=client_app, deploy=deploy, server_app=server_app, task=task)
 
 
 @pytest.fixture(scope="module")
 def three():
-    """Three hospitals of 100 phantoms each, 90 test images."""
-    federation = experiment.federation("phantom", "", 3, 0.3, 0)
+    """Three hospitals of 60 phantoms each, 90 test images."""
+    federation, random = runs.federation("phantom", "", 3, 0.3, 0), np.random.default_rng(0)
 
-    def some(client, number):
-        rows = torch.from_numpy(np.random.default_rng(0).permutation(len(client))[:number])
-        return Client(client.images[rows], client.labels[rows], client.device[rows])
+    def some(client: Client, number: int) -> Client:
+        return client.take(torch.from_numpy(random.permutation(len(client))[:number]))
 
-    return replace(federation, clients=[some(c, 100) for c in federation.clients], test=some(federation.test, 90))
+    clients = [some(client, 60) for client in federation.clients]
+    return replace(federation, clients=clients, test=some(federation.test, 90))
 
 
-def grid_of(flower, folder, hospitals, change=lambda k, kind, content: content):
-    """A grid without network or processes: nodes with random ids that appear one by one, replies in random order.
+@dataclass
+class FakeMessage:
+    """As much of Flower's Message as the app uses; a real one can be made in a run only."""
 
-    `change` may replace a hospital's answer, or raise (an error reply) or give None (silence).
+    content: object = None
+    dst_node_id: int = 0
+    message_type: str = ""
+    reply_to: object = None
+    error: object = None
+
+    @property
+    def metadata(self):
+        asked = self.reply_to or self
+        return SimpleNamespace(
+            dst_node_id=asked.dst_node_id, src_node_id=asked.dst_node_id, message_type=asked.message_type
+        )
+
+    def has_error(self) -> bool:
+        return self.error is not None
+
+
+@pytest.fixture
+def serve(app, three, tmp_path, monkeypatch):
+    """serve(method, seed, change, **settings) -> (Run, what was asked): all but Flower's processes and messages.
+
+    Nodes have random numbers and appear one by one, replies come in random order. ``change(k, question, answer)`` may
+    replace a hospital's answer, raise (an error of Flower's) or give None (silence).
     """
-    from flwr.app import Context, Error, Message, RecordDict
+    from flwr.app import Context, RecordDict
 
-    app, calls = flower.app_of_hospitals(str(folder)), []
-    nodes = {random.getrandbits(60): k for k in range(hospitals)}
-    contexts = {node: Context(1, node, {"partition-id": k, "num-partitions": hospitals}, RecordDict(), {})
-                for node, k in nodes.items()}
+    for module in (app.client_app, app.server_app):
+        monkeypatch.setattr(module, "Message", FakeMessage)
 
-    class Grid:
-        asked = calls
+    def run(
+        method,
+        seed=0,
+        change=lambda k, question, answer: answer,
+        *,
+        hospitals=3,
+        federation=three,
+        **settings,
+    ):
+        app.task.save_hospitals(federation, tmp_path, seed)
+        nodes, calls = {random.getrandbits(60): k for k in range(3)}, []
+        known = {node: {"partition-id": k, "num-partitions": 3} for node, k in nodes.items()}
+        contexts = {
+            node: Context(1, node, known[node], RecordDict(), {"folder": str(tmp_path)}) for node in nodes
+        }
 
-        def get_node_ids(self):
-            calls.append("nodes")
-            return list(nodes)[:calls.count("nodes") - 1]
+        def reply(message):
+            node, question = message.dst_node_id, message.message_type.split(".")[1]
+            calls.append((question, nodes[node]))
+            answer = app.task.decode(app.client_app.app(message, contexts[node]).content)
+            try:
+                answer = change(nodes[node], question, answer)
+            except Exception as error:
+                return FakeMessage(error=SimpleNamespace(reason=f"Traceback ...\n{error}"), reply_to=message)
+            return answer and FakeMessage(app.task.encode(answer), reply_to=message)
 
-        def send_and_receive(self, messages, *, timeout=None):
-            replies = []
-            for message in messages:
-                node, kind = message.metadata.dst_node_id, message.metadata.message_type
-                calls.append((kind, nodes[node]))
-                try:
-                    content = change(nodes[node], kind, app(message, contexts[node]).content)
-                    replies += [] if content is None else [Message(content, reply_to=message)]
-                except Exception as error:
-                    replies.append(Message(Error(2, f"{type(error)}:<'{error}'>"), reply_to=message))
-            random.shuffle(replies)
-            return replies
+        class Grid:
+            def get_node_ids(self):
+                calls.append("nodes")
+                return list(nodes)[: calls.count("nodes") - 1]
 
-    return Grid()
+            def send_and_receive(self, messages, *, timeout=None):
+                replies = list(filter(None, map(reply, messages)))
+                return random.sample(replies, len(replies))
 
+        return app.server_app.serve(Grid(), hospitals, method, seed, **{"rounds": 2} | settings), calls
 
-def serve(flower, federation, folder, method, seed, change=lambda k, kind, content: content, **settings):
-    flower.save_hospitals(federation, folder)
-    grid = grid_of(flower, folder, len(federation.clients), change)
-    return flower.serve(grid, method, seed, hospitals=len(federation.clients), **settings), grid
+    return run
 
 
 def same(one, other) -> None:
-    """Two runs agree in all that both engines measure."""
-    assert np.array_equal(one.weights, other.weights)
-    assert np.array_equal(one.confusions[-1], other.confusions[-1]) and one.rounds[-1] == other.rounds[-1]
-    assert np.array_equal(one.took_part, other.took_part) and one.missed == other.missed
-    for name in ("bytes_up", "bytes_samples_up", "bytes_samples_down"):
-        assert one.costs[name] == other.costs[name], name
+    """Two runs agree in all but seconds."""
+    assert np.array_equal(one.weights, other.weights) and np.array_equal(one.confusions, other.confusions)
+    assert np.array_equal(one.rounds, other.rounds) and np.array_equal(one.took_part, other.took_part)
+    assert one.missed == other.missed
+    for name in one.costs:
+        assert one.costs[name] == other.costs[name] or "seconds" in name, name
 
 
-# ---------------------------------------- without Flower
+# --- the same bits ---
 
 
-def test_without_flower_the_error_names_the_cure_and_the_rest_works():
-    code = ("import sys; sys.modules['flwr'] = None\n"
-            "from fedssg_helpers import experiment, explore, pages, plots\n"
-            "try:\n    import fedssg_helpers.flower\nexcept ImportError as error:\n    print(error)")
-    done = subprocess.run([sys.executable, "-c", code], cwd=course.ROOT, capture_output=True, text=True, timeout=120)
-    assert "pip install -e '.[flower]'" in done.stdout, done.stderr
+@pytest.mark.parametrize("name", sorted(set(METHODS) - REAL))
+def test_the_same_bits_as_in_one_process(serve, three, name):
+    method = quick(METHODS[name])
+    theirs, _ = serve(method, 1, rounds=3)
+    same(theirs, server.run(three, method, 1, rounds=3))
+    assert theirs.confusions[-1].sum() == len(three.test)
 
 
-# ---------------------------------------- in this process
+@pytest.mark.parametrize(
+    "method",
+    [
+        Method(gradient=Scaffold(), server=Median(), stays="norm"),
+        replace(
+            QUICK,
+            server=Clipped(),
+            sharing=Sharing(protection=Protection(0.05, 2.0), budget=Budget(silent=(1,))),
+        ),
+    ],
+)
+def test_parts_travel_together(serve, three, method):
+    same(serve(method, epochs=2)[0], server.run(three, method, 0, rounds=2, epochs=2))
 
 
-def test_a_hospitals_file_is_all_of_its_own_and_nothing_else(flower, three, tmp_path):
-    found = [flower.load_hospital(file) for file in flower.save_hospitals(three, tmp_path)]
-    for mine, client in zip(found, three.clients):
-        for part in flower.PARTS:
-            assert torch.equal(getattr(mine.clients[0], part), getattr(client, part))
-        assert len(mine.clients) == 1 and (mine.classes, mine.devices) == (three.classes, three.devices)
-    tests = Client.joined([mine.test for mine in found])
-    rows = torch.cat([torch.arange(len(three.test))[k::3] for k in range(3)])
-    assert torch.equal(tests.images, three.test.images[rows]) and torch.equal(tests.labels, three.test.labels[rows])
-
-
-@pytest.mark.parametrize("change", [{"images": np.zeros((3, 4), np.uint8)}, {"labels": np.zeros(2, np.int64)},
-                                    {"test_images": np.zeros((5, 3, 28, 28), np.float32)}, {"classes": None}])
-def test_a_bad_file_is_named(flower, three, tmp_path, change):
-    file = flower.save_hospitals(three, tmp_path)[0]
-    with np.load(file) as arrays:
-        np.savez(file, **{name: value for name, value in (dict(arrays) | change).items() if value is not None})
-    with pytest.raises(DataError, match=r"data\.npz"):
-        flower.load_hospital(file)
-
-
-@pytest.mark.parametrize("name", ["fedavg", "fedssg"])
-@pytest.mark.parametrize("seed", [0, 1])
-def test_the_same_bits_as_in_one_process(flower, three, tmp_path, name, seed):
-    method = QUICK if name == "fedssg" else experiment.METHODS[name]
-    ours = rounds.run(three, method, seed, rounds=3)
-    theirs, _ = serve(flower, three, tmp_path, method, seed, rounds=3)
-    same(theirs, ours)
-    assert theirs.confusions.sum() == len(three.test)
-    assert theirs.costs["bytes_down"] == ours.costs["bytes_down"]
-
-
-@pytest.mark.parametrize("change", [{"mu": 0.1, "server_momentum": 0.6}, {"aggregate": "median", "balanced": True},
-                                    {"aggregate": "clip", "drop": 0.3, "reject": 0.05, "grain": 2.0},
-                                    {"deal": False, "share": 0.3, "decay": True}])
-def test_every_option_travels(flower, three, tmp_path, change):
-    method = replace(QUICK, **change)
-    same(serve(flower, three, tmp_path, method, 0, rounds=2)[0], rounds.run(three, method, 0, rounds=2))
-
-
-def test_device_statistics_agree_up_to_the_order_of_sums(flower, three, tmp_path):
-    method = replace(QUICK, device_statistics=True)
-    theirs, _ = serve(flower, three, tmp_path, method, 0, rounds=2)
-    assert np.allclose(theirs.weights, rounds.run(three, method, 0, rounds=2).weights, atol=1e-4)
-    have = sharing.reports(three.clients, len(three.classes), len(three.devices) + 1)  # the last: of nobody
-    own = torch.stack([sharing.styles([client], len(three.devices) + 1) for client in three.clients])
-    joint = sharing.styles(three.clients, len(three.devices) + 1)
-    assert torch.allclose(flower.joint_styles(have, own), joint, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", experiment.METHODS)
-def test_what_cannot_run_over_a_network_says_so(flower, name):
-    refused = {"local_only": "weights of its own", "scaffold": "weights of its own", "local_normalisation": "its own",
-               "duplication": "in its own way", "synthetic_only": "in one place", "oracle_real": "real images",
-               "centralised": "in one place"}
-    assert (refused.get(name) or "") in flower.refusal(experiment.METHODS[name])
-    assert bool(flower.refusal(experiment.METHODS[name])) == (name in refused)
-
-
-# ---------------------------------------- hospitals that fail or lie
-
-
-def test_hospitals_drop_out_as_in_one_process(flower, three, tmp_path):
-    faults = Faults(drop=0.3, die=0.2)
-    ours = rounds.run(three, QUICK, 0, rounds=5, faults=faults)
-    theirs, _ = serve(flower, three, tmp_path, QUICK, 0, rounds=5, faults=faults)
+def test_hospitals_drop_out_as_in_one_process(serve, three):
+    faults = Faults(absent=0.3, die=0.2, late=0.1)
+    ours = server.run(three, QUICK, 0, rounds=5, faults=faults)
     assert 0 < ours.took_part.sum() < ours.took_part.size
-    assert np.array_equal(theirs.weights, ours.weights) and np.array_equal(theirs.took_part, ours.took_part)
-    assert theirs.missed == ours.missed
+    same(serve(QUICK, rounds=5, faults=faults)[0], ours)
 
 
-def test_a_silent_hospital_is_not_waited_for_again(flower, three, tmp_path):
-    def silent(k, kind, content):
-        return None if k == 1 and kind == "train.update" else content
+def test_a_second_run_at_the_same_node_starts_afresh(serve, three):
+    ours = server.run(three, METHODS["fedavg"], 0, rounds=2)
+    serve(QUICK)
+    same(serve(METHODS["fedavg"])[0], ours)
 
-    flower.save_hospitals(three, tmp_path)
-    grid = grid_of(flower, tmp_path, 3, silent)
-    run = flower.serve(grid, Method(), 0, rounds=3, hospitals=3, patience=5)
+
+# --- what travels, and what cannot ---
+
+
+def test_what_a_message_holds_comes_out_again(app):
+    content = {
+        "weights": torch.randn(5),
+        "images": torch.zeros(0, 3, 4, 4, dtype=torch.uint8),
+        "flag": torch.tensor([True]),
+    }
+    content |= {
+        "round": 3,
+        "seconds": 0.25,
+        "styles": False,
+        "why": "text",
+        "pictures": [b"ab", b""],
+        "shape": [3, 4],
+    }
+    content |= {
+        "classes": ["a", "b"],
+        "none": [],
+        "method": METHODS["fedssg+combined"],
+        "faults": Faults(0.25, late=0.5),
+    }
+    found = app.task.decode(app.task.encode(content | {"sharing": Sharing(budget=Budget(silent=(1, 2)))}))
+    assert found.pop("sharing") == Sharing(budget=Budget(silent=(1, 2)))
+    for name, value in content.items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(found[name], value) and found[name].dtype == value.dtype
+        else:
+            assert found[name] == value and type(found[name]) is type(value), name
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_methods_that_move_real_images_are_refused(app, name):
+    assert bool(app.server_app.refusal(METHODS[name])) == (name in REAL)
+    if name in REAL:
+        with pytest.raises(ValueError, match="moves real images out of hospitals"):
+            app.deploy.simulate(None, METHODS[name], 0, rounds=1)
+
+
+def test_a_part_that_hospitals_do_not_have_is_refused(app):
+    def mine(updates, weights, memory):
+        return Median()(updates, weights, memory)
+
+    with pytest.raises(
+        ValueError, match="is 'mine'; it must be installed at every hospital: add it to fedssg_helpers there"
+    ):
+        app.deploy.simulate(None, Method(server=mine), 0, rounds=1)
+
+
+# --- hospitals that fail or lie ---
+
+
+def test_a_silent_hospital_is_not_waited_for_again(serve, three):
+    def silent(k, question, answer):
+        return None if k == 1 and question == "update" else answer
+
+    run, calls = serve(Method(), change=silent, rounds=3, patience=5)
     assert run.took_part.tolist() == [[True, False, True]] * 3
-    assert (1, 1, "no answer within 5 seconds") in run.missed and len(run.missed) == 1
-    assert grid.asked.count(("train.update", 1)) == 1 and ("evaluate.test", 1) not in grid.asked
-    assert run.confusions.sum() == len(three.test) - len(three.test.labels[1::3])
+    assert run.missed == [(1, 1, "no answer within 5 seconds")]
+    assert calls.count(("update", 1)) == calls.count(("test", 1)) == 1  # it had tested the first weights
+    here = server.home_of_tests(three, 0) != 1
+    assert run.confusions[0].sum() == len(three.test) and run.confusions[-1].sum() == here.sum()
 
 
-@pytest.mark.parametrize("lie, said", [("nan", "not finite"), ("shape", "needed is torch.float32"),
-                                       ("more images", "but reported 100"), ("nothing", "NoneType")])
-def test_an_update_that_cannot_be_right_is_left_out(flower, three, tmp_path, lie, said):
-    def change(k, kind, content):
-        if k != 2 or kind != "train.update":
-            return content
-        tensors, facts = flower.opened(content)
-        if lie == "nan":
-            tensors["weights"][3] = float("nan")
-        elif lie == "shape":
-            tensors["weights"] = tensors["weights"][:-1]
-        elif lie == "nothing":
-            del tensors["weights"]
-        return flower.letter(tensors, **facts | ({"images": 999} if lie == "more images" else {}))
+def test_when_everybody_is_silent_the_run_ends(serve):
+    with pytest.raises(ValueError, match="no update of round 1 can be used.*no answer within 5 seconds"):
+        serve(
+            Method(), change=lambda k, question, answer: None if question == "update" else answer, patience=5
+        )
 
-    run, _ = serve(flower, three, tmp_path, Method(), 0, change, rounds=2)
+
+@pytest.mark.parametrize(
+    "lie, said",
+    [
+        (lambda answer: answer["weights"].fill_(torch.nan), "not finite"),
+        (lambda answer: answer.update(weights=answer["weights"][:-1]), "needed is torch.float32"),
+        (lambda answer: answer.update(images=999), "but reported 60"),
+        (lambda answer: answer.pop("weights"), "NoneType"),
+        (lambda answer: 1 / 0, "division by zero"),
+    ],
+)
+def test_an_update_that_cannot_be_right_is_left_out(serve, lie, said):
+    def change(k, question, answer):
+        if (k, question) == (2, "update"):
+            lie(answer)
+        return answer
+
+    run, _ = serve(Method(), change=change)
     assert run.took_part.tolist() == [[True, True, False]] * 2
-    assert [(r, k) for r, k, _ in run.missed] == [(1, 2), (2, 2)] and all(said in why for _, _, why in run.missed)
+    assert [(r, k) for r, k, _ in run.missed] == [(1, 2), (2, 2)] and all(
+        said in why for _, _, why in run.missed
+    )
 
 
-def test_bad_samples_are_left_out(flower, three, tmp_path):
-    def change(k, kind, content):
-        if kind != "train.offer" or k == 2:
-            return content
-        if k == 1:
-            raise RuntimeError("the disk is full")
-        tensors, facts = flower.opened(content)
-        return flower.letter(tensors, **facts | {"pictures": [b"no picture"]})
+def test_a_message_that_cannot_be_read_is_left_out(app):
+    from flwr.app import RecordDict
 
-    run, _ = serve(flower, three, tmp_path, replace(QUICK, pretrain_steps=0), 0, change, rounds=1)
+    answer, why = app.server_app.opened(FakeMessage(RecordDict()))
+    assert answer is None and "sent a message that cannot be read (KeyError" in why
+
+
+def test_bad_samples_are_left_out(serve):
+    def change(k, question, answer):
+        if question == "generate" and k < 2:
+            answer |= {"pictures": [b"no picture"]} if k == 0 else {"why": "the disk is full"}
+        return answer
+
+    run, _ = serve(replace(QUICK, sharing=Sharing()), change=change)
     assert run.took_part.all()
     (r, k, first), (_, other, second) = run.missed
     assert (r, k, other) == (0, 0, 1) and "cannot be read" in first and second == "the disk is full"
 
 
-def test_a_round_without_any_usable_update_is_an_error(flower, three, tmp_path):
-    def change(k, kind, content):
-        return flower.letter({}, seconds=0.0) if kind == "train.update" else content
-
-    with pytest.raises(ValueError, match="no update of round 1 can be used"):
-        serve(flower, three, tmp_path, Method(), 0, change, rounds=1)
-
-
-@pytest.mark.parametrize("fact, value, said", [
-    ("partition", 0, "says that it is hospital 0"), ("partition", 7, "0 to 2"),
-    ("classes", ["a", "b"], "same list of names"), ("shape", [3, 64, 64], "one shape of images")])
-def test_hospitals_that_do_not_fit_together_are_named(flower, three, tmp_path, fact, value, said):
-    def change(k, kind, content):
-        tensors, facts = flower.opened(content)
-        return flower.letter(tensors, **facts | ({fact: value} if k == 2 else {}))
-
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("hospital", 0, "says that it is hospital 0"),
+        ("hospital", 7, "0 to 2"),
+        ("classes", ["a", "b"], "classes of hospital 2"),
+        ("shape", [3, 64, 64], "shape of hospital 2"),
+    ],
+)
+def test_hospitals_that_do_not_fit_together_are_named(serve, name, value, said):
     with pytest.raises(ValueError, match=said):
-        serve(flower, three, tmp_path, Method(), 0, change, rounds=1)
+        serve(Method(), change=lambda k, question, answer: answer | ({name: value} if k == 2 else {}))
 
 
-def test_missing_hospitals_are_named(flower, three, tmp_path):
-    flower.save_hospitals(three, tmp_path)
-    with pytest.raises(ValueError, match=r"only hospitals \[0, 1, 2\] of 0 to 3"):
-        flower.serve(grid_of(flower, tmp_path, 3), Method(), 0, rounds=1, hospitals=4, patience=1)
-    (tmp_path / "hospital_1" / "data.npz").write_bytes(b"damaged")
-    with pytest.raises(ValueError, match="a hospital cannot take part: .*data.npz"):
-        flower.serve(grid_of(flower, tmp_path, 3), Method(), 0, rounds=1, hospitals=3, patience=5)
+def test_missing_hospitals_are_named(serve):
+    with pytest.raises(ValueError, match=r"only hospitals \[0, 1, 2\] of 0 to 3 were there within 1 seconds"):
+        serve(Method(), hospitals=4, patience=1)
 
 
-def test_a_supernode_must_say_what_it_holds(flower):
-    from flwr.app import Context, Message, RecordDict
-
-    message = Message(flower.letter(), dst_node_id=1, message_type="query.report")
-    with pytest.raises(ValueError, match="--node-config"):
-        flower.client_app(message, Context(1, 1, {"partition-id": 0}, RecordDict(), {"folder": "/elsewhere"}))
+# --- files and folders ---
 
 
-def test_secrets_are_for_their_owner_alone(flower, three, tmp_path):
-    files = flower.prepare(three, tmp_path)
+def test_a_hospitals_file_is_all_of_its_own_and_nothing_else(app, three, tmp_path):
+    found = [
+        app.task.load_hospital(file, k) for k, file in enumerate(app.task.save_hospitals(three, tmp_path, 5))
+    ]
+    home = server.home_of_tests(three, 5)
+    for k, mine in enumerate(found):
+        for part in app.task.PARTS:
+            assert torch.equal(getattr(mine.data, part), getattr(three.clients[k], part))
+            assert torch.equal(getattr(mine.test, part), getattr(three.test, part)[home == k])
+        assert (mine.k, mine.classes, mine.devices) == (k, three.classes, three.devices)
+    assert sum(len(mine.test) for mine in found) == len(three.test)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"images": np.zeros((3, 4), np.uint8)},
+        {"labels": np.zeros(2, np.int64)},
+        {"labels": np.full(60, 99)},
+        {"test_images": np.zeros((5, 3, 28, 28), np.float32)},
+        {"classes": None},
+        {"devices": np.array([{}], object)},
+    ],
+)
+def test_a_bad_file_is_named(app, three, tmp_path, change):
+    file = app.task.save_hospitals(three, tmp_path, 0)[0]
+    with np.load(file, allow_pickle=False) as arrays:
+        np.savez(
+            file, **{name: value for name, value in (dict(arrays) | change).items() if value is not None}
+        )
+    with pytest.raises(DataError, match=r"hospital_0/data\.npz"):
+        app.task.load_hospital(file, 0)
+
+
+def ask_one(app, monkeypatch, node: dict, folder) -> str:
+    """What a node with this config says to the server's first question."""
+    from flwr.app import Context, RecordDict
+
+    monkeypatch.setattr(app.client_app, "Message", FakeMessage)
+    message = FakeMessage(app.task.encode({"styles": False}), 1, "query.report")
+    answer = app.client_app.app(message, Context(1, 1, node, RecordDict(), {"folder": str(folder)}))
+    return app.task.decode(answer.content).get("why", "")
+
+
+def test_a_supernode_must_say_what_it_holds(app, three, tmp_path, monkeypatch):
+    file = app.task.save_hospitals(three, tmp_path, 0)[1]
+    assert "--node-config" in ask_one(app, monkeypatch, {"partition-id": 0}, "/elsewhere")
+    assert "--node-config" in ask_one(app, monkeypatch, {"data": str(file)}, "/elsewhere")
+    assert "there is no such file" in ask_one(
+        app, monkeypatch, {"partition-id": 0, "data": "none.npz"}, "/elsewhere"
+    )
+    assert not ask_one(app, monkeypatch, {"partition-id": 1, "data": str(file)}, "/elsewhere")
+    file.write_bytes(b"damaged")  # seen at once, though the file was read before
+    assert "hospital_1/data.npz" in ask_one(
+        app, monkeypatch, {"partition-id": 1, "data": str(file)}, "/elsewhere"
+    )
+
+
+def test_secrets_are_for_their_owner_alone(app, three, tmp_path):
+    files = app.deploy.prepare(three, tmp_path)
     assert {file.stat().st_mode & 0o777 for file in files if file.suffix == ".key"} == {0o600}
     for k in range(3):
-        assert {file.name for file in (tmp_path / f"hospital_{k}").iterdir()} == {"data.npz", "own.key", "ca.crt"}
-    assert "fedssg_helpers.flower:client_app" in (tmp_path / "researcher/app/pyproject.toml").read_text()
+        assert {file.name for file in (tmp_path / f"hospital_{k}").iterdir()} == {
+            "data.npz",
+            "own.key",
+            "ca.crt",
+        }
 
 
-# ---------------------------------------- Flower's own engines
+def test_the_app_is_a_standard_bundle(app, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", "from flwr.cli.app import app; app()", "build", "--app", APP],
+        cwd=tmp_path,
+        env=app.deploy.environment(tmp_path),
+        capture_output=True,
+        text=True,
+    )
+    (bundle,) = tmp_path.glob("course.fedssg.*.fab")
+    assert done.returncode == 0 and "Success" in done.stdout and bundle.stat().st_size < 20_000, done.stderr
+
+
+def test_only_what_flower_promises_to_keep_is_imported():
+    public = {"flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy"}
+    texts = {
+        path: path.read_text()
+        for path in [*ROOT.glob("fedssg_helpers/*.py"), *ROOT.glob("tests/*.py"), *APP.rglob("*.py")]
+    }
+    for path in ROOT.glob("notebooks/*.ipynb"):
+        cells = nbformat.read(path, as_version=4).cells
+        texts[path] = "\n".join(
+            cell.source for cell in cells if cell.cell_type == "code" and "flwr" in cell.source
+        )
+    found = set()
+    for text in texts.values():
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Import):
+                found |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                found.add(node.module or "")
+    assert public >= {name for name in found if name.split(".")[0] == "flwr"} >= {"flwr.app"}
+
+
+def test_without_flower_the_error_names_the_cure_and_the_rest_works():
+    code = "import sys; sys.modules['flwr'] = None\nfrom fedssg_helpers import runs, explore\n"
+    code += (
+        "try:\n    from flowerapp.fedssg_app import deploy\nexcept ImportError as error:\n    print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=APP.parent, capture_output=True, text=True, timeout=120
+    )
+    assert "pip install -e '.[flower]'" in done.stdout, done.stderr
+
+
+# --- Flower's own processes ---
+
+
+def test_a_program_ends_with_all_that_it_has_started(app, tmp_path):
+    with app.deploy.program(["bash", "-c", "sleep 100 & sleep 100"], tmp_path) as started:
+        until(lambda: len(started.children()) == 2, 10, tmp_path)
+        family = [started, *started.children()]
+    assert not any(map(psutil.Process.is_running, family))
 
 
 @pytest.mark.slow
-def test_simulated_from_python(flower, three):
-    same(flower.simulate(three, QUICK, 1, rounds=2), rounds.run(three, QUICK, 1, rounds=2))
-
-
-def free_ports(number: int) -> int:
-    """The first of `number` neighbouring ports of 127.0.0.1 that nobody uses."""
-    while True:
-        start = random.randrange(20_000, 60_000)
-        try:
-            for port in range(start, start + number):
-                with socket.socket() as probe:
-                    probe.bind(("127.0.0.1", port))
-            return start
-        except OSError:
-            continue
-
-
-@contextmanager
-def processes(flower, folder: Path):
-    """Starts shell lines in `folder`; whatever happens, none of them and no child of theirs outlives the block."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    settings = os.environ | flower.SETTINGS | {"PATH": path, "PYTHONPATH": str(course.ROOT), "FEDSSG_TEST": str(folder)}
-    mark, started = f"FEDSSG_TEST={folder}".encode(), {}
-
-    def offspring():  # Flower's and Ray's processes leave the group that they were started in; their mark they keep
-        for place in Path("/proc").glob("[0-9]*"):
-            try:
-                if mark in (place / "environ").read_bytes().split(b"\0"):
-                    yield int(place.name)
-            except OSError:
-                continue
-
-    def start(name: str, line: str) -> subprocess.Popen:
-        with (folder / f"{name}.log").open("wb") as log:
-            started[name] = subprocess.Popen(["bash", "-c", line], cwd=folder, env=settings, stdout=log,
-                                             stderr=subprocess.STDOUT, start_new_session=True)
-        return started[name]
-
-    try:
-        yield start
-    finally:
-        for process in started.values():
-            try:
-                os.killpg(process.pid, signal.SIGTERM)
-            except ProcessLookupError:
-                continue
-        end = time.monotonic() + 10
-        while set(offspring()) - {os.getpid()} and time.monotonic() < end:
-            time.sleep(0.2)
-        for pid in set(offspring()) - {os.getpid()}:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-        for process in started.values():
-            process.wait(10)
+def test_simulated_from_python(app, three):
+    method, faults, said = quick(METHODS["fedssg+combined"]), Faults(absent=0.2, late=0.2), []
+    before = set(psutil.Process().children(recursive=True))
+    run, ended = app.deploy.simulate(three, method, 1, rounds=3, faults=faults, tell=said.append)
+    same(run, server.run(three, method, 1, rounds=3, faults=faults))
+    assert len(ended) == 4 and ended == sorted(ended) and any("round 3 of 3" in line for line in said)
+    assert set(psutil.Process().children(recursive=True)) <= before
 
 
 def until(happened, seconds: float, folder: Path) -> None:
@@ -345,69 +458,99 @@ def until(happened, seconds: float, folder: Path) -> None:
     end = time.monotonic() + seconds
     while not happened():
         if time.monotonic() > end:
-            logs = "\n".join(f"--- {log.name}\n{log.read_text()[-3000:]}" for log in sorted(folder.glob("*.log")))
+            logs = "\n".join(
+                f"--- {log.name}\n{log.read_text()[-3000:]}" for log in sorted(folder.glob("*.log"))
+            )
             pytest.fail(f"not within {seconds} seconds\n{logs}")
         time.sleep(0.2)
 
 
-def listening(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+@pytest.fixture
+def start(app, tmp_path):
+    """start(name, shell line) -> process: the lines that participants type; all of them have ended after the test."""
+    with ExitStack() as stack:
+
+        def start(name: str, line: str) -> psutil.Popen:
+            log = stack.enter_context((tmp_path / f"{name}.log").open("wb"))
+            return stack.enter_context(app.deploy.program(["bash", "-c", line], tmp_path, log))
+
+        yield start
 
 
 @pytest.mark.slow
-def test_flwr_run_with_simulated_hospitals(flower, three, tmp_path):
-    port = free_ports(1)
-    flower.prepare(three, tmp_path, port)
-    lines = flower.commands(3, True, port, method="fedavg", rounds=2, seed=1)
-    with processes(flower, tmp_path) as start:
-        start("server", lines["server"])
-        until(lambda: listening(port), 30, tmp_path)
-        run = start("run", lines["run"])
-        until(lambda: run.poll() is not None, 200, tmp_path)
-    same(experiment.restore(tmp_path / "run.npz"), rounds.run(three, Method(), 1, rounds=2))
+def test_the_lines_of_a_simulation(app, three, tmp_path, start):
+    port = app.deploy.free_port()
+    app.deploy.prepare(three, tmp_path, 1, port)
+    lines = app.deploy.commands(3, True, port, method="scaffold", rounds=2, seed=1)
+    app.deploy.until_listening(port, start("server", lines["server"]))
+    for _ in range(app.deploy.TRIES):
+        assert start("run", lines["run"]).wait(200) == 0
+        if app.deploy.SLOW not in (tmp_path / "run.log").read_text():
+            break
+    same(runs.restore(tmp_path / "run.npz"), server.run(three, METHODS["scaffold"], 1, rounds=2))
+
+
+def neighbouring_ports(app, number: int) -> int:
+    """The first of so many free ports."""
+    while True:
+        try:
+            for port in range(first := app.deploy.free_port(), first + number):
+                socket.create_server(("127.0.0.1", port)).close()
+            return first
+        except OSError:
+            continue
 
 
 @pytest.mark.slow
-def test_a_deployment_in_which_a_hospital_dies(flower, three, tmp_path):
+def test_a_deployment_in_which_a_hospital_dies(app, three, tmp_path, start):
     """One server and three hospitals as processes, with TLS and registered keys; one is killed after a round."""
-    port, method = free_ports(5), experiment.METHODS["fedssg_no_pretrain"]
-    flower.prepare(three, tmp_path, port)
-    lines = flower.commands(3, False, port, method="fedssg_no_pretrain", rounds=3, patience=40)
-    with processes(flower, tmp_path) as start:
-        start("server", lines.pop("server"))
-        until(lambda: listening(port), 30, tmp_path)
-        with pytest.raises(ssl.SSLCertVerificationError), socket.create_connection(("127.0.0.1", port)) as raw:
-            ssl.create_default_context().wrap_socket(raw, server_hostname="127.0.0.1")
-        trusting = ssl.create_default_context(cafile=tmp_path / "hospital_0" / "ca.crt")
-        with socket.create_connection(("127.0.0.1", port)) as raw:
-            trusting.wrap_socket(raw, server_hostname="127.0.0.1").close()
+    port, method = neighbouring_ports(app, 5), METHODS["fedssg_no_pretrain"]
+    app.deploy.prepare(three, tmp_path, 0, port)
+    lines = app.deploy.commands(3, False, port, method="fedssg_no_pretrain", rounds=3, patience=60)
+    app.deploy.until_listening(port, start("server", lines.pop("server")))
+    with pytest.raises(ssl.SSLCertVerificationError), socket.create_connection(("127.0.0.1", port)) as raw:
+        ssl.create_default_context().wrap_socket(raw, server_hostname="127.0.0.1")
+    trusting = ssl.create_default_context(cafile=tmp_path / "hospital_0" / "ca.crt")
+    with socket.create_connection(("127.0.0.1", port)) as raw:
+        trusting.wrap_socket(raw, server_hostname="127.0.0.1").close()
 
-        started = {}
-        for name in lines:
-            started[name] = start(name, lines[name])
-            if name.startswith("register"):
-                assert started[name].wait(60) == 0, (tmp_path / f"{name}.log").read_text()
-        (tmp_path / "hospital_2" / "stranger.key").write_bytes(flower.identity()[0])  # nobody has registered it
-        line = lines["hospital 2"].replace(f"--port {port + 3}", f"--port {port + 4}")
-        start("stranger", line.replace("own.key", "stranger.key"))
-        said = tmp_path / "run.log"
-        until(lambda: "round 1 of 3" in said.read_text() or started["run"].poll() is not None, 200, tmp_path)
-        assert "round 1 of 3: 3 of 3 hospitals" in said.read_text(), said.read_text()
-        os.killpg(started["hospital 2"].pid, signal.SIGKILL)
-        until(lambda: started["run"].poll() is not None, 200, tmp_path)
-        assert "SuperNode ID" in (tmp_path / "hospital 0.log").read_text()
-        assert "SuperNode ID" not in (tmp_path / "stranger.log").read_text(), "a node with any key may join"
+    last, nodes = (
+        lines.pop("run"),
+        {name: line for name, line in lines.items() if name.startswith("hospital")},
+    )
+    for name in lines.keys() - nodes.keys():
+        assert start(name, lines[name]).wait(100) == 0, (tmp_path / f"{name}.log").read_text()
+    (tmp_path / "hospital_2" / "stranger.key").write_bytes(
+        app.deploy.identity()[0]
+    )  # nobody has registered it
+    line = nodes["hospital 2"].replace(f"--port {port + 3}", f"--port {port + 4}")
+    started = {name: start(name, line) for name, line in nodes.items()}
+    start("stranger", line.replace("own.key", "stranger.key"))
+    for name in nodes:
+        until(lambda: "SuperNode ID" in (tmp_path / f"{name}.log").read_text(), 100, tmp_path)  # noqa: B023
+    started["run"] = start("run", last)
+    said = tmp_path / "run.log"
+    until(lambda: "round 1 of 3" in said.read_text() or started["run"].poll() is not None, 200, tmp_path)
+    assert "round 1 of 3: 3 of 3 hospitals" in said.read_text(), said.read_text()
+    for process in [*started["hospital 2"].children(recursive=True), started["hospital 2"]]:
+        process.kill()
+    until(lambda: started["run"].poll() is not None, 300, tmp_path)
+    assert "SuperNode ID" not in (tmp_path / "stranger.log").read_text(), "a node with any key may join"
 
-    run = experiment.restore(tmp_path / "run.npz")
-    assert run.took_part[0].all() and run.took_part[:, :2].all() and not run.took_part[2, 2]
-    assert {(k, why) for _, k, why in run.missed} == {(2, "no answer within 40 seconds")}
-    shared = rounds.exchange(three.clients, three, method, 0)
-    places, net = rounds.places_of(three.clients, three, method, 0, shared), rounds.SmallCNN(3, len(three.classes), 0)
-    weights = net.weights.clone()
-    for r, here in enumerate(run.took_part):
-        weights = rounds.average([
-            (rounds.local_update(net, places[k], weights, k, r, rounds=3, seed=0, method=method), 100)
-            for k in np.flatnonzero(here)])
-    assert np.array_equal(run.weights, weights.numpy())
-    assert run.confusions.sum() == len(three.test) - len(three.test.labels[2::3])
+    run = runs.restore(tmp_path / "run.npz")
+    (lost, k, why), *more = run.missed
+    assert k == 2 and why.endswith("no answer within 60 seconds") and not more and lost >= 2
+    assert run.took_part[:, :2].all() and run.took_part[0].all() and not run.took_part[2, 2]
+    answered = {"update": 0, "test": 0}  # of hospital 2
+
+    def dies(question, k, content, answer):
+        if k == 2 and question in answered:
+            answered[question] += 1
+            if answered[question] > {"update": run.took_part[:, 2].sum(), "test": lost}[question]:
+                raise Absence("killed")
+        return answer
+
+    ours = server.run(three, method, 0, rounds=3, tamper=dies)
+    assert np.array_equal(run.weights, ours.weights) and np.array_equal(run.took_part, ours.took_part)
+    here = server.home_of_tests(three, 0) != 2
+    assert [int(c.sum()) for c in run.confusions] == [90] * lost + [int(here.sum())] * (4 - lost)

@@ -1,4 +1,5 @@
 """Damaged data files: the command never hangs, shows no traceback, and names the file and the cause every time."""
+
 from __future__ import annotations
 
 import signal
@@ -10,7 +11,6 @@ import pytest
 from fedssg_helpers import course, data
 from fedssg_helpers.__main__ import main
 
-
 WAYS = damage.BYTES, damage.IMAGES, damage.LABELS, damage.DEVICE, damage.NAMES, damage.GROUP, damage.TABLE
 
 
@@ -20,7 +20,8 @@ class Hang(BaseException):
 
 @pytest.fixture
 def command(monkeypatch, tmp_path, capsys):
-    """`python -m fedssg_helpers run` on a data set up to where the lessons would start; gives (status, stderr)."""
+    """`python -m fedssg_helpers run` on a data set, until the lessons would start; gives (status, stderr)."""
+
     def start(*args, **options):
         raise AssertionError("the lessons would have run on damaged data")
 
@@ -47,7 +48,7 @@ def test_every_damaged_file_is_named_with_the_cause(command, tmp_path):
     ways, named = set(), 0
     for way, name, folder, file in damage.files(tmp_path / "data"):
         status, error = command(name, folder)
-        error = error[error.index("error: "):]  # before it, a progress bar may have started
+        error = error[error.index("error: ") :]  # before it, a progress bar may have started
         assert status == 2 and str(folder) in error and file.name in error, (way, error)
         assert "Traceback" not in error and len(error.splitlines()) == 1 and len(error) < 2000, (way, error)
         cause = error.partition(str(folder))[2]
@@ -62,7 +63,9 @@ def test_the_same_files_undamaged_are_good(command, tmp_path, monkeypatch):
     """Otherwise the test above would pass on anything."""
     for group in WAYS:
         for way in group:
-            same = (lambda good, random: good.encode()) if group is damage.TABLE else lambda good, random: good
+            same = (
+                (lambda good, random: good.encode()) if group is damage.TABLE else lambda good, random: good
+            )
             monkeypatch.setitem(group, way, same)
     monkeypatch.setattr(damage, "BY_CHANCE", ())
     for _, name, folder, _ in damage.files(tmp_path / "data", 8):
@@ -72,7 +75,9 @@ def test_the_same_files_undamaged_are_good(command, tmp_path, monkeypatch):
 
 
 def test_the_damage_is_the_same_every_time(tmp_path):
-    one, two = ([(way, file.read_bytes()) for way, _, _, file in damage.files(tmp_path / name, 24)] for name in "ab")
+    one, two = (
+        [(way, file.read_bytes()) for way, _, _, file in damage.files(tmp_path / name, 24)] for name in "ab"
+    )
     assert one == two
     other = [(way, file.read_bytes()) for way, _, _, file in damage.files(tmp_path / "c", 24, seed=1)]
     assert one != other
@@ -107,9 +112,11 @@ def test_no_code_in_data_is_ever_run(command, tmp_path, key):
 
 
 def test_a_bomb_is_refused_before_it_is_unpacked(command, tmp_path, monkeypatch):
-    np.savez_compressed(tmp_path / "bomb.npz", images=np.zeros((40_000, 28, 28), np.uint8), labels=np.zeros(40_000))
+    np.savez_compressed(
+        tmp_path / "bomb.npz", images=np.zeros((40_000, 28, 28), np.uint8), labels=np.zeros(40_000)
+    )
     assert (tmp_path / "bomb.npz").stat().st_size < 100_000
-    monkeypatch.setattr(data, "MOST_BYTES", 2 ** 20)
+    monkeypatch.setattr(data, "MOST_BYTES", 2**20)
     monkeypatch.setattr(np, "load", None)
     status, error = command(str(tmp_path / "bomb.npz"), tmp_path)
     assert status == 2 and "unpacks to" in error

@@ -1,4 +1,5 @@
 """Scores against scikit-learn, and what they do where there is nothing to score."""
+
 from __future__ import annotations
 
 import warnings
@@ -28,7 +29,9 @@ def test_agrees_with_scikit_learn(seed, missing):
         assert np.array_equal(each[d], sk.confusion_matrix(labels[here], predicted[here], labels=range(5)))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # scikit-learn notes that a class occurs in predictions only
-        assert metrics.balanced_accuracy(pooled) == pytest.approx(sk.balanced_accuracy_score(labels, predicted))
+        assert metrics.balanced_accuracy(pooled) == pytest.approx(
+            sk.balanced_accuracy_score(labels, predicted)
+        )
         wanted = sk.recall_score(labels, predicted, labels=range(5), average=None, zero_division=np.nan)
     assert np.allclose(metrics.recall(pooled), wanted, equal_nan=True)
     assert metrics.macro_f1(pooled) == pytest.approx(sk.f1_score(labels, predicted, average="macro"))
@@ -76,7 +79,9 @@ def test_out_of_range_is_named(column, name, bad):
 def test_interval():
     mean, half = metrics.interval([1.0, 2.0, 4.0])
     assert mean == pytest.approx(7 / 3)
-    assert half == pytest.approx(4.302653 * np.std([1, 2, 4], ddof=1) / np.sqrt(3))  # t table: 0.975, 2 degrees
+    assert half == pytest.approx(
+        4.302653 * np.std([1, 2, 4], ddof=1) / np.sqrt(3)
+    )  # t table: 0.975, 2 degrees
     assert np.isnan(metrics.interval([0.5])[1])
     assert metrics.interval([0.5, 0.5]) == (0.5, 0)
     with pytest.raises(ValueError, match="score"):

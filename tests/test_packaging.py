@@ -1,7 +1,8 @@
-"""What a newcomer meets: the list of packages, the top level, the committed notebooks, the two commands."""
+"""What a newcomer meets: packages, the top level, CONTRIBUTING, the committed notebooks, the commands."""
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -17,7 +18,9 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LESSONS = [path for path in NOTEBOOKS if re.match(r"\d\d_", path.name)]
 TOP_LEVEL = {
     ".ci",
+    ".github",
     ".gitignore",
+    ".pre-commit-config.yaml",
     "LICENSE",
     "Makefile",
     "README.md",
@@ -47,7 +50,9 @@ def test_conda_and_pip_agree():
 
 def test_extras_for_later_lessons_are_there():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert {"test", "flower", "privacy"} <= set(extras)
+    assert {"test", "flower", "privacy", "explorer", "pfl"} <= set(extras)
+    assert any(line.startswith("ruff") for line in extras["test"])
+    assert all("python_version" in line for line in extras["pfl"]), "pfl is published for Python below 3.13"
 
 
 def test_top_level_holds_nothing_else():
@@ -57,8 +62,41 @@ def test_top_level_holds_nothing_else():
     assert {line.split("/")[0] for line in listing.stdout.splitlines()} <= TOP_LEVEL
 
 
-def test_ci_script_can_be_started():
+def test_ci_script_lints_first_and_the_workflow_calls_it():
     assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    script = (ROOT / ".ci" / "run").read_text()
+    assert 0 < script.index("make lint") < script.index("make test")
+    job = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())["jobs"]["test"]
+    assert job["strategy"]["matrix"]["python"][0] == "3.11" and job["steps"][-1] == {"run": ".ci/run"}
+
+
+def test_hooks_need_no_network():
+    repos = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [repo["repo"] for repo in repos] == ["local"]
+    assert all(hook["entry"].startswith("ruff") for hook in repos[0]["hooks"])
+
+
+def test_every_place_that_contributing_names_is_there():
+    text = (ROOT / ".github" / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"`([\w/]+\.py)`|(?:TESTS=\"?|`)((?:tests|notebooks)/[\w.]+)", text)
+    for path in {first or second for first, second in named}:
+        assert (ROOT / path).exists(), path
+    names = re.findall(r"`([a-z]+)\.(\w+)`", text)
+    assert len(names) >= 20
+    for module, name in names:
+        assert hasattr(importlib.import_module(f"fedssg_helpers.{module}"), name), f"{module}.{name}"
+
+
+def test_one_file_is_tested_without_the_start_of_workers():
+    def command(*words):
+        result = subprocess.run(["make", "-n", "test", *words], cwd=ROOT, capture_output=True, text=True)
+        return result.stdout.splitlines()[-1]
+
+    assert "-n 2" not in command("TESTS=tests/test_keys.py -k one")
+    assert "-n 2" in command() and "--nbval-lax" in command() and command().endswith("tests notebooks")
+    assert "-n 2" in command("TESTS=tests") and "--nbval" not in command("TESTS=tests")
+    assert "-n 2" in command("TESTS=tests/test_keys.py tests/test_data.py")
+    assert "--nbval-lax" in command("TESTS=notebooks/00_start_here.ipynb")
 
 
 def test_make_names_the_cure_for_an_old_python(tmp_path):
@@ -72,9 +110,11 @@ def test_make_names_the_cure_for_an_old_python(tmp_path):
         assert not (tmp_path / ".venv").exists()
 
 
-def test_make_help_lists_the_two_commands():
+def test_make_help_lists_the_commands():
     result = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert {"make course", "make test"} <= {line[:13].strip() for line in result.stdout.splitlines()}
+    assert {"make course", "make test", "make quick", "make lint"} <= {
+        line[:14].strip() for line in result.stdout.splitlines()
+    }
 
 
 def test_the_lessons_and_the_appendix_are_committed():
