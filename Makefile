@@ -60,7 +60,7 @@ results: $(READY)  ## run the benchmarks (A1 to A3) again: data/results/*.csv; l
 	$(A1) --data dermamnist -p rounds 15 -p methods $(CORE) -p tuning 15
 	$(A1) --data phantom -p rounds 15 -p methods $(CORE) -p tuning 15
 	$(A3) --data ham10000 -p rounds 15
-	$(A2) $(if $(findstring flower,$(EXTRAS)),-p flower $(FLOWER))
+	$(A2) $(if $(findstring flower,$(EXTRAS)),-p flower $(FLOWER)) $(if $(findstring pfl,$(EXTRAS)),-p pfl 128)
 	$(BIN)/python -m fedssg_helpers run --only explorer --out out/results-explorer --resume -p again true
 
 lab: $(READY)  ## open the lessons in JupyterLab

@@ -89,7 +89,7 @@ def _mosaic(axis, images, columns: int, title: str = "", gaps=(0, 0)) -> tuple[n
         if image is not None:
             y, x, shown = tops[i // columns] + 1, lefts[i % columns] + 1, to_display(image)
             picture[y : y + shown.shape[0], x : x + shown.shape[1]] = shown
-    axis.imshow(picture)
+    axis.imshow(picture, interpolation="nearest")
     axis.set_title(title)
     axis.grid(False)
     return tops + side / 2, lefts + side / 2

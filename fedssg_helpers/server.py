@@ -175,7 +175,7 @@ class Conversation:
         """The rounds that are left, tested about twenty times."""
         run, rounds = self.run, self.asked["rounds"]
         try:
-            if not len(run.took_part):
+            if not len(run.rounds):
                 self.note()
                 self.test()
                 after_round(0, run)

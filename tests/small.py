@@ -10,7 +10,6 @@ from fedssg_helpers.methods import Method, Sharing
 from fedssg_helpers.partition import Client, Federation
 from fedssg_helpers.sharing import Budget
 
-torch.set_num_threads(1)  # the networks are small, and tests run side by side
 CLASSES = 3
 SHARE = Method(sharing=Sharing(budget=Budget(fill=60, cell=10)))
 

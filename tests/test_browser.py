@@ -21,9 +21,9 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell
+from slices import needed
 
 from fedssg_helpers import course, experiment
-from slices import needed
 
 pytestmark = pytest.mark.browser
 TOKEN = "explorers-under-test"
@@ -49,9 +49,9 @@ MOVES = {
     "02": {"cell": (1, "", "name"), "first axis": (2, r"lies ([.\d]+)", "+"),
            "second axis": (-2, r"lies ([.\d]+)", "+"),
            "temperature": (1, r"stray ([.\d]+)", "+"), "training images": (2, r"within ([.\d]+)", "-")},
-    "03": {"rule": (1, "", "name"), "fill": (4, r"(\d+) samples dealt", "+"),
-           "floor": (2, r"(\d+) samples dealt", "+"),
-           "worth": (-2, r"up ([.\d]+) MB", "-"), "receive": (-8, r"to (\d+) to each", "-"),
+    "03": {"rule": (1, "", "name"), "fill": (4, r"(\d+) samples distributed", "+"),
+           "floor": (2, r"(\d+) samples distributed", "+"),
+           "per image": (-2, r"up ([.\d]+) MB", "-"), "receive": (-8, r"to (\d+) to each", "-"),
            "may not share": (5, r"up ([.\d]+) MB", "-")},
     "04": {"method": (1, "", "name"), "against": (-1, "", "name"), "score": (1, "", "name"),
            "test images of": (1, "", "name")},

@@ -330,19 +330,19 @@ def test_02_latent_walk_temperature_and_quality(monkeypatch):
 
 def test_03_budget_and_silence(monkeypatch):
     known = part_of("03", "draw", monkeypatch)
-    start = dict(rule="class_and_device", fill=200, cell=120, worth=0.5, receive=1500, silent=())
+    start = dict(rule="class_and_device", fill=200, cell=120, per_image=0.5, receive=1500, silent=())
 
     def at(pattern, **moved):
         return number(pattern, said(known["draw"](**start | moved)))
 
-    dealt, after, most = r"(\d+) samples dealt", r"before, (\d+) after", r"to (\d+) to each"
+    dealt, after, most = r"(\d+) samples distributed", r"before, (\d+) after", r"to (\d+) to each"
     assert at(dealt, fill=400) > at(dealt) > at(dealt, fill=100, cell=60)
     assert at(most, receive=200) <= 200 < at(most)
     assert at(after) < at(after, rule="class_only") < at(r"(\d+) before")
     everybody = tuple(range(len(known["have"])))
-    assert at(dealt, worth=0) == at(dealt, silent=everybody) == 0
+    assert at(dealt, per_image=0) == at(dealt, silent=everybody) == 0
     assert at(r"up ([.\d]+) MB", silent=(4,)) < at(r"up ([.\d]+) MB")
-    with pytest.raises(ValueError, match="numbered 0 to"):
+    with pytest.raises(ValueError, match="hospitals, 0 to"):
         known["draw"](**start | dict(silent=(99,)))
 
 

@@ -198,6 +198,17 @@ def test_images_of_64_pixels(tmp_path):
     assert runs.cache_file(jobs[1], tmp_path) != runs.cache_file(replace(jobs[1], size=28), tmp_path)
 
 
+def test_training_images_can_be_split_again_for_choosing_settings(tmp_path):
+    """Also of a set whose publisher says what is for testing: none of that is seen."""
+    medmnist_file(tmp_path / "breastmnist.npz")
+    job = Job("fedavg", 0, 1, "breastmnist", str(tmp_path), hospitals=2, validation=True)
+    images, hospitals = runs.images_of("breastmnist", str(tmp_path)), runs.federation_of(job)
+    assert sum(map(len, hospitals.clients)) + len(hospitals.test) == (~images.official_test).sum() == 40
+    assert 0 < len(hospitals.test) < 20
+    run = runs.run_many([job], str(tmp_path / "out"))[0]
+    assert run.confusions[-1].sum() == len(hospitals.test)
+
+
 # ---------------------------------------- the key
 
 

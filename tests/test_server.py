@@ -9,8 +9,9 @@ import pytest
 import torch
 from kills import equal
 from small import CLASSES, SHARE, federation
+from small import client as client_of
 
-from fedssg_helpers import client, models, server
+from fedssg_helpers import client, dpsgd, models, server
 from fedssg_helpers.keys import rng
 from fedssg_helpers.methods import FEDSSG, METHODS, Balanced, Mean, Method, Proximal, Sharing
 from fedssg_helpers.models import SmallCNN
@@ -121,6 +122,14 @@ def test_an_empty_hospital_is_named():
         server.run(broken, Method(), 0, rounds=1)
 
 
+def test_hospitals_that_do_not_fit_together_are_named():
+    """They must agree on one shape of images."""
+    whole = federation()
+    clients = [whole.clients[0], client_of(20, 1, 1, size=16)]
+    with pytest.raises(ValueError, match="shape of hospital 1"):
+        server.run(replace(whole, clients=clients), Method(), 0, rounds=1)
+
+
 # ---------------------------------------- what stays, and who trains
 
 
@@ -173,6 +182,15 @@ def test_one_hospital_runs_or_says_why_not(name):
         return
     run = server.run(federation((40,)), METHODS[name], 0, rounds=1)
     assert np.isfinite(run.weights).all() and run.costs["bytes_samples_up"] == 0 and run.took_part.all()
+
+
+@pytest.mark.skipif(bool(dpsgd.opacus_missing()), reason="the privacy extra is not installed")
+def test_a_method_with_differential_privacy_runs():
+    how = replace(SHARE.sharing, source=dpsgd.DPSGD(epsilon=10, steps=20))
+    run = server.run(federation(), replace(SHARE, sharing=how), 0, rounds=1)
+    assert np.isfinite(run.weights).all() and run.missed == [] and run.costs["bytes_samples_down"] > 0
+    plain = server.share(federation(), SHARE.sharing, 0)
+    assert not torch.equal(server.share(federation(), how, 0).pool.images, plain.pool.images)
 
 
 # ---------------------------------------- processors

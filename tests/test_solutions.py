@@ -45,7 +45,8 @@ def test_solutions_are_correct(lesson):
         if notebook.cells[i].cell_type == "code":  # the lesson as a whole is run cell by cell elsewhere
             notebook.cells[i].source = ""
     with course.kernel_here():
-        NotebookClient(notebook, timeout=900, kernel_name="python3",
-                       resources={"metadata": {"path": str(lesson.parent)}}).execute()
+        NotebookClient(
+            notebook, timeout=900, kernel_name="python3", resources={"metadata": {"path": str(lesson.parent)}}
+        ).execute()
     for i in tagged(notebook, "exercise-check"):
         assert "Correct." in printed(notebook.cells[i]), notebook.cells[i - 1].source

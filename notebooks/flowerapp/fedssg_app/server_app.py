@@ -70,7 +70,7 @@ class Network:
             ):
                 if why:
                     raise ValueError(f"a hospital cannot take part: {why}")
-                k, last = answer["hospital"], len(contents) - 1
+                k, last = answer.get("hospital"), len(contents) - 1
                 if k in found or k not in contents:
                     cure = f"needed is one node for each of 0 to {last}: set partition-id in its node config"
                     raise ValueError(f"a node says that it is hospital {k}; {cure}")
