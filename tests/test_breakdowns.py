@@ -47,7 +47,7 @@ def full(*args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-# ---------------------------------------------------------------------------------------------- disk full, read-only
+# ---------------------------------------- disk full, read-only
 
 
 def test_a_full_disk_is_named_and_the_run_goes_on_later(folder, tmp_path, capsys, request):
@@ -89,19 +89,6 @@ def test_no_space_for_a_page_keeps_the_old_one(tmp_path, monkeypatch):
     assert (tmp_path / "index.html").read_text() == "old"
 
 
-def test_no_space_for_a_run_keeps_the_finished_ones(tmp_path, monkeypatch):
-    job = runs.Job("fedavg", rounds=1, hospitals=3)
-    first = runs.execute(job, tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(np, "savez", full)
-        patch.setattr(np, "savez_compressed", full)
-        with pytest.raises(ValueError, match="No space left on device"):
-            runs.execute(runs.Job("fedavg", seed=1, rounds=1, hospitals=3), tmp_path)
-    assert len(list((tmp_path / "cache").iterdir())) == 1
-    monkeypatch.setattr(runs, "_compute", None)
-    assert np.array_equal(runs.execute(job, tmp_path).weights, first.weights)
-
-
 def test_no_space_for_the_prepared_ham10000(tmp_path, monkeypatch, capsys):
     publisher(tmp_path)
     with monkeypatch.context() as patch:
@@ -124,7 +111,7 @@ def test_an_output_folder_that_cannot_be_written(folder, tmp_path, monkeypatch, 
     assert not (folder / "log.txt").exists()
 
 
-# ---------------------------------------------------------------------------------------------- two runs at once
+# ---------------------------------------- two runs at once
 
 
 SLOW = "import time, pathlib\npathlib.Path('running').touch()\ntime.sleep(60)"
@@ -157,10 +144,8 @@ def test_a_second_run_on_a_folder_is_refused_and_a_killed_one_blocks_nobody(fold
         for words in ([], ["--resume"], ["--only", "01"]):
             assert start(folder, out, *words) == 2
             said = capsys.readouterr().err
-            assert (
-                f"another run (process {process.pid}) is writing to {out}: " in said
-                and "another --out" in said
-            )
+            assert f"another run (process {process.pid}) is writing to {out}: " in said
+            assert "another --out" in said
         assert (out / course.LOCK).read_text() == before and not (folder / "log.txt").exists()
         assert process.poll() is None
         assert start(folder, tmp_path / "other", "--only", "01") == 0  # another folder is free
@@ -179,7 +164,7 @@ def test_the_lock_goes_with_an_error_too(tmp_path):
         pass
 
 
-# ---------------------------------------------------------------------------------------------- downloads
+# ---------------------------------------- downloads
 
 
 @pytest.fixture
@@ -255,7 +240,7 @@ def test_a_download_stopped_by_hand_leaves_nothing(server, tmp_path, monkeypatch
     assert len(data.load("breastmnist", folder)) == 60
 
 
-# ---------------------------------------------------------------------------------------------- damaged results
+# ---------------------------------------- damaged results
 
 
 @pytest.fixture(scope="module")

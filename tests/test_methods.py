@@ -131,15 +131,15 @@ CHANGES = {
     "styles": dict(view=DeviceStyles()),
     "copies": dict(sharing=Copies(budget=SHARE.sharing.budget)),
 } | {
-    str(changes): dict(sharing=replace(SHARE.sharing, **changes))
-    for changes in (
-        dict(source=RealImages()),
-        dict(source=methods.ClosedForm(temperature=0.0)),
-        dict(pretrain_steps=8),
-        dict(rule=sharing.class_only),
-        dict(rule=sharing.device_only),
-        dict(rule=sharing.uniform),
-    )
+    name: dict(sharing=replace(SHARE.sharing, **changes))
+    for name, changes in {
+        "real images": dict(source=RealImages()),
+        "temperature": dict(source=methods.ClosedForm(temperature=0.0)),
+        "pre-training": dict(pretrain_steps=8),
+        "class only": dict(rule=sharing.class_only),
+        "device only": dict(rule=sharing.device_only),
+        "uniform": dict(rule=sharing.uniform),
+    }.items()
 }
 
 

@@ -144,20 +144,6 @@ def test_save_is_atomic_and_without_pickle(tmp_path, monkeypatch):
     assert equal(runs.restore(file), run) and len(list(file.parent.iterdir())) == 1  # the old one is whole
 
 
-def test_a_file_of_other_parameters_or_a_damaged_one_is_refused(tmp_path):
-    file = tmp_path / "run.npz"
-    runs.save(small_run(), file, "one")
-    assert equal(runs.restore(file, "one"), small_run())
-    with pytest.raises(ValueError, match="run.npz belongs to another run"):
-        runs.restore(file, "two")
-    whole = file.read_bytes()
-    middle = len(whole) // 2
-    for damaged in (b"", whole[:200], whole[:middle] + b"x" * 40 + whole[middle + 40 :], b"no archive"):
-        file.write_bytes(damaged)
-        with pytest.raises(ValueError, match="run.npz is damaged.*delete it"):
-            runs.restore(file, "one")
-
-
 def test_out_folder(tmp_path, monkeypatch):
     monkeypatch.setenv("FEDSSG_OUT", str(tmp_path / "a" / "b"))
     assert runs.out_folder() == tmp_path / "a" / "b" and runs.out_folder().is_dir()
@@ -268,7 +254,7 @@ import numpy as np
 from fedssg_helpers.methods import Median, Plain
 from fedssg_helpers.sharing import Budget
 
-FACTOR, BUDGET, NAMES = np.float64(2.0), Budget(fill=10), {"x"}
+FACTOR, BUDGET = np.float64(2.0), Budget(fill=10)
 
 def helper(x):
     return FACTOR * x
