@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from torchvision.datasets import utils
 
 from . import devices as simulation
 
@@ -259,6 +258,8 @@ def _medmnist_info(flag: str, size: int) -> dict:
 
 def _download(path: Path, url: str, md5: str) -> None:
     """Fetch one file and verify its checksum; nothing is left behind where that fails."""
+    from torchvision.datasets import utils  # here, because it takes as long to import as PyTorch itself
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:

@@ -5,7 +5,6 @@ recall: it is left out, never counted as 0.
 """
 
 import numpy as np
-from scipy import stats
 
 
 def confusions(labels, predicted, device, classes: int, devices: int) -> np.ndarray:
@@ -66,6 +65,8 @@ def interval(values, level: float = 0.95) -> tuple[float, float]:
     Give it one score per seed or, to compare two methods, one *difference* per seed: both share data,
     hospitals and first weights, so what these contribute cancels. A ValueError where there is no score.
     """
+    from scipy import stats  # here, because most processes start without it
+
     values = np.asarray(values, float)
     n = len(values)
     if n == 0:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import nn
-from torchvision.transforms.v2.functional import horizontal_flip
 
 from .keys import torch_rng
 
@@ -87,7 +86,7 @@ def normalise(images: torch.Tensor, style: torch.Tensor) -> torch.Tensor:
 def augment(images: torch.Tensor, orientation: int) -> torch.Tensor:
     """Square images (B, C, H, W) in one of eight orientations, 0..7: quarter turns, and flips of them."""
     images = torch.rot90(images, orientation % 4, (2, 3))
-    return horizontal_flip(images) if orientation >= 4 else images
+    return images.flip(-1) if orientation >= 4 else images
 
 
 def plausible_orientations(images: torch.Tensor) -> list[int]:

@@ -8,6 +8,7 @@ import zipfile
 import numpy as np
 import pytest
 from PIL import Image
+from torchvision.datasets import utils
 
 from fedssg_helpers import data
 from fedssg_helpers.data import DataError, ImageSet, load
@@ -291,7 +292,7 @@ def test_a_failed_download_says_what_failed_and_leaves_nothing(tmp_path, monkeyp
         (tmp_path / root / filename).write_bytes(b"half")
         raise OSError("network is unreachable")
 
-    monkeypatch.setattr(data.utils, "download_url", offline)
+    monkeypatch.setattr(utils, "download_url", offline)
     with pytest.raises(DataError, match="network is unreachable.*By hand.*zenodo.*MD5") as caught:
         load("bloodmnist", tmp_path / "new")
     assert "bloodmnist.npz" in str(caught.value) and list((tmp_path / "new").iterdir()) == []
@@ -303,7 +304,7 @@ def test_a_download_is_kept(tmp_path, monkeypatch, size, name):
         assert filename in url and len(md5) == 32
         medmnist_file(f"{root}/{filename}", size)
 
-    monkeypatch.setattr(data.utils, "download_url", online)
+    monkeypatch.setattr(utils, "download_url", online)
     check(load("breastmnist", tmp_path, size))
     assert [path.name for path in tmp_path.iterdir()] == [name]
 

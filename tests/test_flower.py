@@ -490,11 +490,11 @@ def test_a_deployment_in_which_a_hospital_dies(app, three, tmp_path, start):
         until(lambda: "SuperNode ID" in (tmp_path / f"{name}.log").read_text(), 100, tmp_path)  # noqa: B023
     started["run"] = start("run", last)
     said = tmp_path / "run.log"
-    until(lambda: "round 1 of 2" in said.read_text() or started["run"].poll() is not None, 200, tmp_path)
+    until(lambda: "round 1 of 2" in said.read_text() or started["run"].poll() is not None, 600, tmp_path)
     assert "round 1 of 2: 3 of 3 hospitals" in said.read_text(), said.read_text()
     for process in [*started["hospital 2"].children(recursive=True), started["hospital 2"]]:
         process.kill()
-    until(lambda: started["run"].poll() is not None, 300, tmp_path)
+    until(lambda: started["run"].poll() is not None, 600, tmp_path)
     assert "SuperNode ID" not in (tmp_path / "stranger.log").read_text(), "a node with any key may join"
 
     run = runs.restore(tmp_path / "run.npz")
