@@ -89,7 +89,7 @@ def spots(random, u, v, count: int, spread: float, size: float) -> np.ndarray:
             size * random.uniform(0.7, 1.3),
         )
         d2 = ((u - r * np.cos(a)) ** 2 + (v - r * np.sin(a)) ** 2) / s**2
-        field = np.maximum(field, np.exp(-np.minimum(d2, 5.0) ** 2))
+        field = np.maximum(field, np.exp(-(np.minimum(d2, 5.0) ** 2)))
     return field
 
 

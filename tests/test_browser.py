@@ -3,6 +3,7 @@
 Screenshots at 1280 x 800 go to ``screens`` in the FEDSSG_OUT folder. FEDSSG_BROWSER=required makes a missing browser
 a failure, not a skip.
 """
+
 from __future__ import annotations
 
 import json
@@ -29,37 +30,68 @@ pytestmark = pytest.mark.browser
 TOKEN = "explorers-under-test"
 PATIENCE = 180  # seconds until something that should happen counts as missing: on a busy machine, too
 CALLS = ("explore.explorer(", "explore.live(")
-PAGES = [path for path in sorted(course.LESSONS.glob("*.ipynb"))
-         if any(call in path.read_text(encoding="utf-8") for call in CALLS)]
+PAGES = [
+    path
+    for path in sorted(course.LESSONS.glob("*.ipynb"))
+    if any(call in path.read_text(encoding="utf-8") for call in CALLS)
+]
 SCREENS = experiment.out_folder() / "screens"
 # Small runs, put in behind the parameters and the imports: what a dial does, they show as well.
 SMALL = {"rounds": 2, "seeds": 1, "workers": 1}
 FEWER = 'experiment.LESSON = ("fedavg", "balanced_sampling", "fedssg_no_pretrain", "fedssg")'
-FLAGS = ("--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync "
-         "--disable-quic --no-first-run").split()
+FLAGS = (
+    "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync "
+    "--disable-quic --no-first-run"
+).split()
 # What the words above a picture must do when a dial is moved by so many arrow keys to the right (or down a list): the
 # number in brackets rises (+) or falls (-); "name": they name the choice; "picture": no number goes with it.
 MOVES = {
-    "00": {"hospital": (1, r"^hospital (\d+) holds", "+"), "beside": (-1, r"; hospital (\d+) holds", "-"),
-           "other images": (1, "", "picture")},
-    "01": {"hospitals": (5, r"images at (\d+) hospital", "+"),
-           "class skew: alpha": (3, r"label divergence ([.\d]+)", "-"),
-           "device skew: mix": (5, r"device divergence ([.\d]+)", "-"), "long tail": (9, r"rarest class: (\d+)", "-"),
-           "size skew": (6, r"the largest with (\d+)", "+"), "look into hospital": (1, "", "picture")},
-    "02": {"cell": (1, "", "name"), "first axis": (2, r"lies ([.\d]+)", "+"),
-           "second axis": (-2, r"lies ([.\d]+)", "+"),
-           "temperature": (1, r"stray ([.\d]+)", "+"), "training images": (2, r"within ([.\d]+)", "-")},
-    "03": {"rule": (1, "", "name"), "fill": (4, r"(\d+) samples distributed", "+"),
-           "floor": (2, r"(\d+) samples distributed", "+"),
-           "per image": (-2, r"up ([.\d]+) MB", "-"), "receive": (-8, r"to (\d+) to each", "-"),
-           "may not share": (5, r"up ([.\d]+) MB", "-")},
-    "04": {"method": (1, "", "name"), "against": (-1, "", "name"), "score": (1, "", "name"),
-           "test images of": (1, "", "name")},
-    "05": {"setting": (1, "", "name"), "method": (-1, "", "name"), "minus": (-1, "", "name"),
-           "class": (1, "macro_f1", ""),
-           "device": (1, "", "name")},
-    "explorer": {"class skew: alpha": (-1, r"; balanced accuracy", ""), "sharing": (-4, r" (\d+) after", "+"),
-                 "temperature": (1, "", "picture")},
+    "00": {
+        "hospital": (1, r"^hospital (\d+) holds", "+"),
+        "beside": (-1, r"; hospital (\d+) holds", "-"),
+        "other images": (1, "", "picture"),
+    },
+    "01": {
+        "hospitals": (5, r"images at (\d+) hospital", "+"),
+        "class skew: alpha": (3, r"label divergence ([.\d]+)", "-"),
+        "device skew: mix": (5, r"device divergence ([.\d]+)", "-"),
+        "long tail": (9, r"rarest class: (\d+)", "-"),
+        "size skew": (6, r"the largest with (\d+)", "+"),
+        "look into hospital": (1, "", "picture"),
+    },
+    "02": {
+        "cell": (1, "", "name"),
+        "first axis": (2, r"lies ([.\d]+)", "+"),
+        "second axis": (-2, r"lies ([.\d]+)", "+"),
+        "temperature": (1, r"stray ([.\d]+)", "+"),
+        "training images": (2, r"within ([.\d]+)", "-"),
+    },
+    "03": {
+        "rule": (1, "", "name"),
+        "fill": (4, r"(\d+) samples distributed", "+"),
+        "floor": (2, r"(\d+) samples distributed", "+"),
+        "per image": (-2, r"up ([.\d]+) MB", "-"),
+        "receive": (-8, r"to (\d+) to each", "-"),
+        "may not share": (5, r"up ([.\d]+) MB", "-"),
+    },
+    "04": {
+        "method": (1, "", "name"),
+        "against": (-1, "", "name"),
+        "score": (1, "", "name"),
+        "test images of": (1, "", "name"),
+    },
+    "05": {
+        "setting": (1, "", "name"),
+        "method": (-1, "", "name"),
+        "minus": (-1, "", "name"),
+        "class": (1, "macro_f1", ""),
+        "device": (1, "", "name"),
+    },
+    "explorer": {
+        "class skew: alpha": (-1, r"; balanced accuracy", ""),
+        "sharing": (-4, r" (\d+) after", "+"),
+        "temperature": (1, "", "picture"),
+    },
 }
 
 
@@ -139,8 +171,10 @@ def lab(browser, tmp_path_factory):
     SCREENS.mkdir(exist_ok=True)
     for path in PAGES:
         small(path, folder)
-    settings = {"apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
-                "notebook-extension/tracker": {"windowingMode": "none"}}
+    settings = {
+        "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+        "notebook-extension/tracker": {"windowingMode": "none"},
+    }
     for name, values in settings.items():
         file = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -149,8 +183,18 @@ def lab(browser, tmp_path_factory):
     own |= {f"JUPYTERLAB_{name.upper()}_DIR": str(folder / name) for name in ("settings", "workspaces")}
     own |= {"FEDSSG_DATA": "", "FEDSSG_OUT": str(folder / "out")}
     port = free_port()
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}",
-               "--ServerApp.port_retries=0", f"--IdentityProvider.token={TOKEN}", f"--ServerApp.root_dir={folder}"]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        "--ip=127.0.0.1",
+        f"--port={port}",
+        "--ServerApp.port_retries=0",
+        f"--IdentityProvider.token={TOKEN}",
+        f"--ServerApp.root_dir={folder}",
+    ]
     with course.kernel_here(**own), serving(command, folder, f"http://127.0.0.1:{port}/api?token={TOKEN}"):
         yield f"http://127.0.0.1:{port}"
 
@@ -188,7 +232,11 @@ class Box:
         """Keys on a focused dial: a slider to the right (negative: left), a list opened, down (up) and chosen."""
         slider = dial.locator(".noUi-handle").count() > 0
         dial.locator(".noUi-handle" if slider else "select").first.focus()
-        key = ("ArrowRight" if keys > 0 else "ArrowLeft") if slider else ("ArrowDown" if keys > 0 else "ArrowUp")
+        key = (
+            ("ArrowRight" if keys > 0 else "ArrowLeft")
+            if slider
+            else ("ArrowDown" if keys > 0 else "ArrowUp")
+        )
         for press in [key] * abs(keys) if slider else ["Space", *[key] * abs(keys), "Enter"]:
             self.page.keyboard.press(press)  # JupyterLab keeps arrow keys from a list that is not opened
 
@@ -277,17 +325,26 @@ def opened(browser, lab: str, name: str):
         with urllib.request.urlopen(f"{lab}/api/sessions?token={TOKEN}") as answer:
             sessions = json.load(answer)
         for session in sessions:
-            request = urllib.request.Request(f"{lab}/api/sessions/{session['id']}?token={TOKEN}", method="DELETE")
+            request = urllib.request.Request(
+                f"{lab}/api/sessions/{session['id']}?token={TOKEN}", method="DELETE"
+            )
             urllib.request.urlopen(request).close()
 
 
 def finished(page, name: str) -> list[Box]:
     """The page's explorers, once the last cell has run; no cell may have failed."""
-    calls = sum(cell.source.count(call) for cell in nbformat.read(course.LESSONS / name, as_version=4).cells
-                for call in CALLS)
-    errors = page.locator(".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error'], "
-                          ".jupyter-widgets-error-widget")
-    until(lambda: errors.count() or page.locator(".explorer img").count() == calls, f"{calls} explorers in {name}")
+    calls = sum(
+        cell.source.count(call)
+        for cell in nbformat.read(course.LESSONS / name, as_version=4).cells
+        for call in CALLS
+    )
+    errors = page.locator(
+        ".jp-OutputArea-output[data-mime-type='application/vnd.jupyter.error'], .jupyter-widgets-error-widget"
+    )
+    until(
+        lambda: errors.count() or page.locator(".explorer img").count() == calls,
+        f"{calls} explorers in {name}",
+    )
     assert errors.count() == 0, errors.first.inner_text()
     return [Box(page, at) for at in page.locator(".explorer").all()]
 
@@ -300,7 +357,9 @@ def move(box: Box, dial, keys: int, pattern: str, follows: str) -> None:
     until(lambda: box.picture() != picture, f"{label} changes the picture")
     if follows in ("+", "-"):
         before, sign = number(pattern, words), 1 if follows == "+" else -1
-        until(lambda: sign * (number(pattern, box.words()) - before) > 0, f"{label}: {pattern} goes {follows}")
+        until(
+            lambda: sign * (number(pattern, box.words()) - before) > 0, f"{label}: {pattern} goes {follows}"
+        )
     elif follows == "name":
         until(lambda: chosen(dial) in box.words(), f"{label}: the words name {chosen(dial)}")
     elif pattern:
@@ -345,7 +404,9 @@ def impossible(box: Box) -> None:
     box.type("hospitals", "20")
     box.settle()
     box.press(box.dial("class skew: alpha"), -9)
-    until(lambda: box.words().startswith("Not possible: a hospital stayed empty") and box.pale(), "a sentence")
+    until(
+        lambda: box.words().startswith("Not possible: a hospital stayed empty") and box.pale(), "a sentence"
+    )
     box.shoot("01_impossible")
     box.settle()
     box.press(box.dial("class skew: alpha"), 9)
@@ -373,7 +434,10 @@ def test_live_run(browser, lab):
         until(lambda: box.picture() != picture, "the curves grow")
         box.shoot("04_live")
         stop.press("Space")
-        until(lambda: "stopped, and what ran is kept" in box.at.inner_text() and start.is_enabled(), "it is stopped")
+        until(
+            lambda: "stopped, and what ran is kept" in box.at.inner_text() and start.is_enabled(),
+            "it is stopped",
+        )
         ran = step()[0]
         assert 2 <= ran < 20 and stop.is_disabled()
         result = rf"run 3: .*round {ran} of 20, balanced accuracy 0\.\d\d; 3 run\(s\) kept"
@@ -385,8 +449,13 @@ def test_live_run(browser, lab):
         box.press(box.dial("method"), -1)
         start.click()
         until(lambda: "done: step 2 of 2" in box.at.inner_text(), "the second run ends by itself")
-        until(lambda: box.words().startswith("run 4: local_normalisation, 2 ep., alpha 0.1: round 2 of 2") and
-              "4 run(s) kept" in box.words(), "the second run's result")
+        until(
+            lambda: (
+                box.words().startswith("run 4: local_normalisation, 2 ep., alpha 0.1: round 2 of 2")
+                and "4 run(s) kept" in box.words()
+            ),
+            "the second run's result",
+        )
 
 
 def test_page_without_code_by_voila(browser, lab, tmp_path):
@@ -395,8 +464,16 @@ def test_page_without_code_by_voila(browser, lab, tmp_path):
     option = re.search(r"^VOILA = (.*)$", (course.ROOT / "Makefile").read_text(), re.M)[1]
     shutil.copy(course.LESSONS / "explorer.ipynb", tmp_path)
     port = free_port()
-    command = [sys.executable, "-m", "voila", "explorer.ipynb", "--no-browser", "--Voila.ip=127.0.0.1",
-               f"--port={port}", option]
+    command = [
+        sys.executable,
+        "-m",
+        "voila",
+        "explorer.ipynb",
+        "--no-browser",
+        "--Voila.ip=127.0.0.1",
+        f"--port={port}",
+        option,
+    ]
     with serving(command, tmp_path, f"http://127.0.0.1:{port}/no-such-page"):
         page = browser.new_page(viewport={"width": 1280, "height": 800})
         page.set_default_timeout(1000 * PATIENCE)
