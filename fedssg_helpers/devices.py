@@ -65,9 +65,8 @@ def profiles(channels: int) -> tuple[Profile, ...]:
 
 def blur(image: np.ndarray, sigma: float, radius: int) -> np.ndarray:
     """Gaussian blur of one image (C, H, W), along rows, then along columns; the kernel ends at `radius`."""
-    from torchvision.transforms.v2.functional import (
-        gaussian_blur,
-    )  # here: it takes as long to import as PyTorch
+    # Imported where it is used: torchvision takes as long to import as PyTorch, and most processes do without.
+    from torchvision.transforms.v2.functional import gaussian_blur
 
     rows = gaussian_blur(torch.from_numpy(image), [2 * radius + 1, 1], sigma)
     return gaussian_blur(rows, [1, 2 * radius + 1], sigma).numpy()
@@ -75,7 +74,7 @@ def blur(image: np.ndarray, sigma: float, radius: int) -> np.ndarray:
 
 def render(image: np.ndarray, settings: np.ndarray, noise: np.ndarray) -> np.ndarray:
     """One image (C, H, H), uint8, with `settings` (12,); `noise` (2, C, H, H) is standard normal."""
-    from torchvision.io import decode_jpeg, encode_jpeg  # here, see above
+    from torchvision.io import decode_jpeg, encode_jpeg
 
     size, cast = image.shape[-1], settings[:3, None, None]
     gamma, contrast, sigma, vignette, right, down, sensor, speckle, quality = settings[3:].tolist()
