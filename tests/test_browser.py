@@ -24,7 +24,7 @@ import pytest
 from nbformat.v4 import new_code_cell
 from slices import needed
 
-from fedssg_helpers import course, experiment
+from fedssg_helpers import course, runs
 
 pytestmark = pytest.mark.browser
 TOKEN = "explorers-under-test"
@@ -35,10 +35,10 @@ PAGES = [
     for path in sorted(course.LESSONS.glob("*.ipynb"))
     if any(call in path.read_text(encoding="utf-8") for call in CALLS)
 ]
-SCREENS = experiment.out_folder() / "screens"
+SCREENS = runs.out_folder() / "screens"
 # Small runs, put in behind the parameters and the imports: what a dial does, they show as well.
 SMALL = {"rounds": 2, "seeds": 1, "workers": 1}
-FEWER = 'experiment.LESSON = ("fedavg", "balanced_sampling", "fedssg_no_pretrain", "fedssg")'
+FEWER = 'methods.LESSON = ("fedavg", "balanced_sampling", "fedssg_no_pretrain", "fedssg")'
 FLAGS = (
     "--no-sandbox --disable-gpu --disable-background-networking --disable-component-update --disable-sync "
     "--disable-quic --no-first-run"
@@ -117,7 +117,7 @@ def small(path: Path, folder: Path) -> None:
         cell.outputs, cell.execution_count = [], None
     own = {name: value for name, value in SMALL.items() if re.search(rf"^{name}:", cells[0].source, re.M)}
     cells.insert(1, new_code_cell("\n".join(f"{name} = {value}" for name, value in own.items())))
-    cells.insert(3, new_code_cell(FEWER if "import experiment" in cells[2].source else ""))
+    cells.insert(3, new_code_cell(FEWER if any("methods.LESSON" in cell.source for cell in cells) else ""))
     notebook.cells = cells
     nbformat.write(notebook, folder / path.name)
 

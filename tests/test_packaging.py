@@ -89,7 +89,9 @@ def test_every_place_that_contributing_names_is_there():
 
 def test_one_file_is_tested_without_the_start_of_workers():
     def command(*words):
-        result = subprocess.run(["make", "-n", "test", *words], cwd=ROOT, capture_output=True, text=True)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+        line = ["make", "-n", "--no-print-directory", "test", *words]
+        result = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
         return result.stdout.splitlines()[-1]
 
     assert "-n 2" not in command("TESTS=tests/test_keys.py -k one")
