@@ -55,11 +55,21 @@ def _kind(value) -> str:
     )
 
 
-def byte_budget(number: int, shape: tuple[int, int, int]) -> float:
-    """The most bytes that `number` packed images of shape (C, H, W) may take (see `sharing.packed`).
+def misfit(answer: dict, **needed) -> str:
+    """Why an answer lacks what is needed, by name: a tensor like the given one, or a number >= 0; "" if it is there."""
+    for name, like in needed.items():
+        part, tensor = answer.get(name), isinstance(like, torch.Tensor)
+        if not (
+            _kind(part) == _kind(like) if tensor else isinstance(part, int | float) and 0 <= part < math.inf
+        ):
+            return (
+                f"sent {_kind(part)} for {name}; needed is {_kind(like) if tensor else 'a number, 0 or more'}"
+            )
+    return ""
 
-    Images and samples stay well below it; noise, which cannot be packed without loss, does not.
-    """
+
+def byte_budget(number: int, shape: tuple[int, int, int]) -> float:
+    """The most bytes that `number` packed images (C, H, W) may take: samples stay well below, noise does not."""
     return 0.85 * number * math.prod(shape) + 400 * math.ceil(number / 100)
 
 

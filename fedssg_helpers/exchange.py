@@ -71,12 +71,14 @@ def exchange(channel, reports: Reports, how: Sharing, seed: int) -> Shared:
     asked = {k: dict(seed=seed, sharing=how, wanted=torch.from_numpy(x)) for k, x in enumerate(agreed.upload)}
     for k, answer, why in channel.ask("generate", asked):
         if answer:
-            uploads[k], why = checks.opened(answer, agreed.upload[k], reports.shape, any_size=oracle)
-            costs["generator_seconds"] += answer["seconds"]
+            why = checks.misfit(answer, seconds=0, rejected=asked[k]["wanted"])
+            if not why:
+                uploads[k], why = checks.opened(answer, agreed.upload[k], reports.shape, any_size=oracle)
         if why:
             refused[k], uploads[k] = why, none
         else:
             rejected[k], sizes[k] = answer["rejected"], sum(map(len, answer["pictures"]))
+            costs["generator_seconds"] += answer["seconds"]
     if not oracle:
         refused |= checks.implausible_sources(sharing.Pool.of(uploads.values()), len(agreed.want[0]))
     pool = sharing.Pool.of([none if k in refused else upload for k, upload in uploads.items()])

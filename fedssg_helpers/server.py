@@ -142,14 +142,14 @@ class Conversation:
             run.costs["bytes_down"] += each * (why != FAULTS[0])
             run.costs["bytes_up"] += each * (why in ("", FAULTS[2]))
             if answer:
-                run.costs["train_seconds"] += answer["seconds"]
                 numbers = answer.get("images"), self.images[k]
-                doubts = (checks.weights_refusal(answer.get(n), content["weights"], *numbers) for n in names)
-                why = next(filter(None, doubts), "")
+                doubts = [checks.weights_refusal(answer.get(n), content["weights"], *numbers) for n in names]
+                why = next(filter(None, [checks.misfit(answer, seconds=0), *doubts]), "")
             if why:
                 run.missed.append((r + 1, k, why))
                 continue
             run.took_part[r, k] = True
+            run.costs["train_seconds"] += answer["seconds"]
             extras[k] = {name: answer[name] for name in names[1:]}
             yield answer["weights"], self.images[k]
 
@@ -162,11 +162,12 @@ class Conversation:
         """Test the model (hospitals' own ones, where they differ) as it is now."""
         content = {name: self.asked[name] for name in ("method", "styles") if name in self.asked}
         content, done, seen = content | {"weights": self.memory["weights"]}, len(self.run.took_part), []
+        empty = torch.zeros(self.run.confusions.shape[1:], dtype=torch.int64)
         for k, answer, why in self.testers.ask("test", dict.fromkeys(self.test_at, content)):
-            if answer:
-                seen.append(answer["confusions"].numpy())
-            else:
+            if why := why or checks.misfit(answer, confusions=empty):
                 self.run.missed.append((done, k, f"not tested there: {why}"))
+            else:
+                seen.append(answer["confusions"].numpy())
         require(bool(seen), f"the test after round {done}", "unanswered", "answered by one hospital at least")
         self.run.rounds = np.append(self.run.rounds, done)
         self.run.confusions = np.concatenate([self.run.confusions, sum(seen)[None]])

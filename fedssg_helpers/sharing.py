@@ -221,16 +221,6 @@ def plan(have: np.ndarray, rule=class_and_device, budget: Budget = Budget()) -> 
     return Plan(want, upload)
 
 
-def flows(agreed: Plan) -> np.ndarray:
-    """Samples that a plan is expected to move, float (K, K): ``[j, k]`` from source j to hospital k."""
-    flow = np.zeros((len(agreed.want), len(agreed.want)))
-    for k, want in enumerate(agreed.want):
-        others = agreed.upload.copy()
-        others[k] = 0  # a hospital draws evenly from the others' uploads of a cell
-        flow[:, k] = (_shares(others, 0) * want).sum((1, 2))
-    return flow
-
-
 def distribute(wishes: np.ndarray, pool: Pool, client: int, seed: int, draw: int = 0) -> torch.Tensor:
     """Rows of the pool, int64 (n,), for hospital `client`, whose wishes are (C, D): other hospitals' samples only.
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import small
 import torch
 from PIL import Image
 
@@ -284,3 +285,22 @@ def test_a_run_goes_on_with_what_is_left_and_reports(exchanged):
     assert np.isfinite(run.weights).all() and run.took_part.all()
     assert [(r, k) for r, k, _ in run.missed] == [(0, k) for k in range(1, 10)]
     assert "float32" in run.missed[0][2]
+
+
+@pytest.mark.parametrize("question", ["generate", "update", "test"])
+@pytest.mark.parametrize("harm", ["left out", "text", "of another shape"])
+def test_an_answer_that_lacks_a_part_is_left_out_and_the_run_goes_on(question, harm):
+    part = {"generate": "rejected", "update": "seconds", "test": "confusions"}[question]
+    wrong = {"text": "text", "of another shape": torch.zeros(1, dtype=torch.int64)}
+
+    def tamper(asked, k, content, answer):
+        if asked != question or k:
+            return answer
+        return {name: x for name, x in answer.items() if name != part} | (
+            {part: wrong[harm]} if harm in wrong else {}
+        )
+
+    method = replace(small.SHARE, stays="norm")  # then every hospital tests a part
+    run = server.run(small.federation(), method, 0, rounds=1, tamper=tamper)
+    assert [k for _, k, why in run.missed if part in why] and {k for _, k, _ in run.missed} == {0}
+    assert run.took_part[0, 1:].all()
