@@ -17,12 +17,8 @@ from torch.nn import functional as F
 from .sharing import Pool, unpacked
 
 FEWEST = 8  # a source with fewer samples is not judged by its images
-STRANGE = (
-    0.25  # a source is refused where it is stranger than this and three times the median, see `strangeness`
-)
-EXPECTED = (
-    5.0  # a source is judged by its labels where an honest one would agree by so many standard deviations
-)
+STRANGE = 0.25  # a source is refused where its `strangeness` is above this and three times the median
+EXPECTED = 5.0  # a source is judged by its labels where an honest one would agree by so many deviations
 AGREEING = 0.25  # ... and refused where it agrees by less than this fraction of that
 ALONE = 2.5  # ... less so many standard deviations, where nobody else has its device
 
@@ -158,9 +154,8 @@ def agreement(pool: Pool, classes: int) -> dict[int, tuple[float, float]]:
     """
     (x, group), half = _features(pool), torch.arange(len(pool)) % 2
     x = x @ torch.linalg.eigh(x.T @ x)[1][:, -32:]
-    weight = (
-        torch.bincount(pool.labels, minlength=classes).clamp(min=1).double().rsqrt()
-    )  # rare classes count too
+    number = torch.bincount(pool.labels, minlength=classes).clamp(min=1)
+    weight = number.double().rsqrt()  # rare classes count too
     d = _centred(F.one_hot(pool.labels, classes).double(), group)
     result = {}
     for k in pool.source.unique().tolist():

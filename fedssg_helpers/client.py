@@ -191,14 +191,11 @@ def evaluate(net: SmallCNN, weights, test: Client, classes: int, devices: int, m
     return metrics.confusions(test.labels, predicted, test.device, classes, devices)
 
 
-def synthesise(
-    data: Client, wanted: np.ndarray, k: int, seed: int, how=Sharing(), *, draw=0, orientations=None
-):
-    """What hospital k uploads: it trains its generator and draws `wanted` (C, D) samples. A Client, and rejected (C, D).
+def synthesise(data: Client, wanted: np.ndarray, k: int, seed: int, how=Sharing(), orientations=None):
+    """What hospital k uploads: it trains its generator and draws `wanted` (C, D) samples, if any are wanted.
 
-    Nothing is trained where nothing is wanted. `draw` names the samples: another number, others of the same generator.
-    Protection can make the upload smaller than wanted, and says how many samples it rejected. A ValueError where samples
-    are wanted of a cell with fewer than `generator.MINIMUM` images: they would be near copies.
+    Returns a Client, smaller than wanted where protection held samples back, and how many it rejected (C, D). A
+    ValueError for a cell with fewer than `generator.MINIMUM` images: samples would be near copies.
     """
     devices, guard, served = wanted.shape[1], how.protection, wanted.ravel().copy()
     cells, rejected = data.labels * devices + data.device, np.zeros(wanted.shape, np.int64)
@@ -209,24 +206,20 @@ def synthesise(
     if served.any():
         keep = slice(None)
         if guard.outlier:
-            keep = protection.inliers(data.images, cells, guard.outlier, orientations=orientations)
+            keep = protection.inliers(data.images, cells, guard.outlier, orientations)
             served[torch.bincount(cells[keep], minlength=len(served)).numpy() < generator.MINIMUM] = 0
         random = rng(seed, "generator", k)
         sample = how.source(data.images[keep], data.labels[keep], cells[keep], random, orientations)
-        limits = (
-            protection.limits(data.images, cells, guard.reject, orientations=orientations)
-            if guard.reject
-            else {}
-        )
+        limits = protection.limits(data.images, cells, guard.reject, orientations) if guard.reject else {}
     for cell in map(int, np.flatnonzero(served)):
-        random = rng(seed, f"samples {draw}", k, cell)
+        random = rng(seed, "samples 0", k, cell)
         drawn = sample(cell, served[cell], random)
         if guard.reject:
             own, again = data.images[cells == cell], lambda n: sample(cell, n, random)  # noqa: B023
             drawn, rejected.flat[cell] = protection.redraw(drawn, own, limits[cell], orientations, again)
             served[cell] = len(drawn)
         if guard.noise:
-            drawn = protection.add_noise(drawn, guard.noise, rng(seed, f"grain {draw}", k, cell))
+            drawn = protection.add_noise(drawn, guard.noise, rng(seed, "grain 0", k, cell))
         images.append(drawn)
     cells = torch.from_numpy(np.repeat(np.arange(wanted.size), served))
     return Client(torch.cat(images), cells // devices, cells % devices), rejected
@@ -249,10 +242,8 @@ def copies(data: Client, wanted: np.ndarray, random: np.random.Generator) -> Cli
 def report(hospital: Hospital, content: dict, net) -> dict:
     """How many images of each class and device it has, and if `styles` are asked for, sums that say how they look."""
     shape = (len(hospital.classes), len(hospital.devices))
-    answer = {
-        "have": torch.from_numpy(sharing.reports([hospital.data], *shape)[0]),
-        "tests": len(hospital.test),
-    }
+    have = sharing.reports([hospital.data], *shape)[0]
+    answer = {"have": torch.from_numpy(have), "tests": len(hospital.test)}
     answer |= {"classes": list(hospital.classes), "devices": list(hospital.devices)}
     sums = {"sums": sharing.channel_sums(hospital.data, shape[1])} if content["styles"] else {}
     return answer | sums | {"shape": list(hospital.data.images.shape[1:])}
@@ -260,20 +251,13 @@ def report(hospital: Hospital, content: dict, net) -> dict:
 
 def generate(hospital: Hospital, content: dict, net) -> dict:
     """Train the generator, and send as many samples of each cell as are wanted."""
-    wanted, seed, how, began = (
-        content["wanted"].numpy(),
-        content["seed"],
-        content["sharing"],
-        time.thread_time(),
-    )
+    began, k, seed, how = time.thread_time(), hospital.k, content["seed"], content["sharing"]
+    wanted = content["wanted"].numpy()
     if isinstance(how.source, RealImages):
-        samples, rejected = (
-            chosen(hospital.data, wanted, rng(seed, "real upload", hospital.k)),
-            np.zeros_like(wanted),
-        )
+        rejected = np.zeros_like(wanted)
+        samples = chosen(hospital.data, wanted, rng(seed, "real upload", k))
     else:
-        known = {"orientations": hospital.orientations}
-        samples, rejected = synthesise(hospital.data, wanted, hospital.k, seed, how, **known)
+        samples, rejected = synthesise(hospital.data, wanted, k, seed, how, hospital.orientations)
     seconds = time.thread_time() - began
     answer = {"labels": samples.labels, "device": samples.device, "rejected": torch.from_numpy(rejected)}
     return answer | {"pictures": sharing.packed(samples.images), "seconds": seconds}
@@ -292,39 +276,18 @@ def receive(hospital: Hospital, content: dict, net) -> dict:
 
 def update(hospital: Hospital, content: dict, net: SmallCNN) -> dict:
     """One round of local training, from the server's weights. Raises `Absence` where `Faults` say so."""
-    k, r, rounds, seed, method = (
-        hospital.k,
-        content["round"],
-        content["rounds"],
-        content["seed"],
-        content["method"],
-    )
-    if why := content["faults"].of(seed, k, r):
+    began, home, own = time.thread_time(), hospital.home, len(hospital.data)
+    method, weights, seed, r = (content[name] for name in ("method", "weights", "seed", "round"))
+    if why := content["faults"].of(seed, hospital.k, r):
         raise Absence(why)
-    began, weights, home = time.thread_time(), content["weights"], hospital.home
-    stays, steps = (
-        staying(net, method.stays),
-        content["steps"] or steps_of(len(hospital.data), content["epochs"]),
-    )
+    stays, steps = staying(net, method.stays), content["steps"] or steps_of(own, content["epochs"])
     start = torch.where(stays, home.get("own", weights), weights)
-    correction, lr = method.gradient.correction(home, content), learning_rate(method.lr, r, rounds)
-    images, labels = hospital.training
-    new = train_local(
-        net,
-        start,
-        images,
-        labels,
-        steps=steps,
-        lr=lr,
-        random=rng(seed, "local training", k, r),
-        method=method,
-        own=len(hospital.data),
-        progress=r / rounds,
-        correction=correction,
-        styles=content.get("styles"),
-        orientations=hospital.orientations,
-    )
-    answer = {"images": len(hospital.data), "weights": torch.where(stays, weights, new)}
+    correction, lr = method.gradient.correction(home, content), learning_rate(method.lr, r, content["rounds"])
+    known = dict(method=method, own=own, progress=r / content["rounds"], correction=correction)
+    known |= dict(styles=content.get("styles"), orientations=hospital.orientations)
+    random = rng(seed, "local training", hospital.k, r)
+    new = train_local(net, start, *hospital.training, steps=steps, lr=lr, random=random, **known)
+    answer = {"images": own, "weights": torch.where(stays, weights, new)}
     if torch.isfinite(new).all():  # else the server refuses it, and nothing of it is kept
         if method.stays:
             home["own"] = new

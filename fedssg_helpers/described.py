@@ -77,6 +77,6 @@ def _consists_of(own, seen) -> list:
     used |= {n: cell.cell_contents for n, cell in zip(own.__code__.co_freevars, own.__closure__ or ())}
     code_of_others = inspect.ismodule, inspect.isroutine, inspect.isclass
     used = {n: v for n, v in used.items() if _own(v) or not any(is_(v) for is_ in code_of_others)}
-    constants = [[repr(x) for x in code.co_consts if not inspect.iscode(x)] for code in codes]
+    constants = [[repr(_plain(x)) for x in code.co_consts if not inspect.iscode(x)] for code in codes]
     text = [[code.co_code.hex(), list(code.co_names)] for code in codes]
     return [text, constants, describe([own.__defaults__, own.__kwdefaults__, used], seen)]

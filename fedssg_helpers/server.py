@@ -37,9 +37,7 @@ class Run:
     costs: dict[str, float]  # see COSTS: processor seconds and bytes of all hospitals and rounds together
     took_part: np.ndarray  # whose weights were averaged, bool (rounds so far, K)
     missed: list = field(default_factory=list)  # (round, 0 for sharing; hospital; why) of what did not arrive
-    memory: dict = field(
-        default_factory=dict
-    )  # tensors: what the server, and "k name" hospitals, need to go on
+    memory: dict = field(default_factory=dict)  # tensors of the server, and of hospitals by "k name"
 
 
 class Stop(Exception):
@@ -85,10 +83,8 @@ class Threads:
 
     def memories(self) -> dict[str, torch.Tensor]:
         """What hospitals remember, by "k name"; samples are left out, as they can be made again."""
-        homes = {k: h.home for k, h in enumerate(self.hospitals)}
-        return {
-            f"{k} {name}": x for k, home in homes.items() for name, x in home.items() if name != "received"
-        }
+        kept = [(f"{h.k} {name}", x) for h in self.hospitals for name, x in h.home.items()]
+        return {name: x for name, x in kept if not name.endswith("received")}
 
     def remember(self, memory: dict[str, torch.Tensor]) -> None:
         """Give hospitals back what `memories` has of them."""
@@ -225,12 +221,9 @@ def serve(
 def _resumed(go_on: Run, fresh: Run, rounds: int, channel) -> tuple[Run, dict]:
     """A copy of the run to go on from, and the server's memory; the hospitals get theirs."""
     done, hospitals = go_on.took_part.shape
-    fits = (go_on.weights.shape, hospitals) == (
-        fresh.weights.shape,
-        fresh.took_part.shape[1],
-    ) and done <= rounds
+    same = go_on.weights.shape == fresh.weights.shape and hospitals == fresh.took_part.shape[1]
     found = f"one of {done} rounds, {hospitals} hospitals and {len(go_on.weights)} weights"
-    require(fits, "the run to go on from", found, "one of the same parameters")
+    require(same and done <= rounds, "the run to go on from", found, "one of the same parameters")
     memory = {name: tensor.to(channel.compute) for name, tensor in go_on.memory.items()}
     channel.remember(memory)
     run = replace(go_on, costs=dict(go_on.costs), missed=list(go_on.missed))
@@ -251,9 +244,8 @@ def in_process(federation, method, seed, workers=1, tamper=None, compute="cpu") 
     clients = [Client.joined(federation.clients)] if method.pooled else federation.clients
     test, names = federation.test, (federation.classes, federation.devices)
     owner = home_of_tests(federation, seed) if method.stays else torch.arange(len(test)) // 512 % len(clients)
-    hospitals = [
-        Hospital(k, c, test.take(owner == k), *names, compute=compute) for k, c in enumerate(clients)
-    ]
+    parts = [test.take(owner == k) for k in range(len(clients))]
+    hospitals = [Hospital(k, clients[k], parts[k], *names, compute=compute) for k in range(len(clients))]
     nets = [SmallCNN(test.images.shape[1], len(names[0]), seed, compute) for _ in range(workers)]
     return Threads(hospitals, nets, tamper)
 

@@ -221,12 +221,12 @@ def plan(have: np.ndarray, rule=class_and_device, budget: Budget = Budget()) -> 
     return Plan(want, upload)
 
 
-def distribute(wishes: np.ndarray, pool: Pool, client: int, seed: int, draw: int = 0) -> torch.Tensor:
+def distribute(wishes: np.ndarray, pool: Pool, client: int, seed: int) -> torch.Tensor:
     """Rows of the pool, int64 (n,), for hospital `client`, whose wishes are (C, D): other hospitals' samples only.
 
     Each row at most once; of a cell as many as wished, or all that others uploaded where that is less.
     """
-    random, devices = rng(seed, "deal", client, draw), wishes.shape[1]
+    random, devices = rng(seed, "deal", client), wishes.shape[1]
     cell = (pool.labels * devices + pool.device).numpy()
     foreign = (pool.source != client).numpy()
     rows = [np.empty(0, np.int64)]

@@ -84,7 +84,7 @@ MOVES = {
         "setting": (1, "", "name"),
         "method": (-1, "", "name"),
         "minus": (-1, "", "name"),
-        "class": (1, "macro_f1", ""),
+        "class": (1, "macro F1", ""),
         "device": (1, "", "name"),
     },
     "explorer": {
