@@ -7,13 +7,15 @@ MedMNIST and the drawn phantoms carry no device label, so the course simulates o
 from __future__ import annotations
 
 import hashlib
+import io
 import math
 from dataclasses import astuple, dataclass
 
 import numpy as np
-import torch
+from PIL import Image
+from scipy.ndimage import gaussian_filter
 
-from .keys import one_thread, rng
+from .keys import rng
 
 SHARES = (0.42, 0.31, 0.20, 0.07)  # of the groups, per device: unequal, the last one small (as in HAM10000)
 JITTER = 0.10  # from image to image, each setting moves by this fraction of its distance from neutral (1 sd)
@@ -63,19 +65,15 @@ def profiles(channels: int) -> tuple[Profile, ...]:
     return GREY if channels == 1 else COLOUR
 
 
-def blur(image: np.ndarray, sigma: float, radius: int) -> np.ndarray:
-    """Gaussian blur of one image (C, H, W), along rows, then along columns; the kernel ends at `radius`."""
-    # Imported where it is used: torchvision takes as long to import as PyTorch, and most processes do without.
-    from torchvision.transforms.v2.functional import gaussian_blur
-
-    rows = gaussian_blur(torch.from_numpy(image), [2 * radius + 1, 1], sigma)
-    return gaussian_blur(rows, [1, 2 * radius + 1], sigma).numpy()
+def jpeg(image: np.ndarray, quality: int) -> np.ndarray:
+    """One image (C, H, W), uint8, as a JPEG file of this quality shows it."""
+    file = io.BytesIO()
+    Image.fromarray(image.transpose(1, 2, 0).squeeze()).save(file, "JPEG", quality=quality)
+    return np.array(Image.open(file)).reshape(*image.shape[1:], len(image)).transpose(2, 0, 1)
 
 
 def render(image: np.ndarray, settings: np.ndarray, noise: np.ndarray) -> np.ndarray:
     """One image (C, H, H), uint8, with `settings` (12,); `noise` (2, C, H, H) is standard normal."""
-    from torchvision.io import decode_jpeg, encode_jpeg
-
     size, cast = image.shape[-1], settings[:3, None, None]
     gamma, contrast, sigma, vignette, right, down, sensor, speckle, quality = settings[3:].tolist()
     x = np.linspace(-1, 1, size)
@@ -84,13 +82,13 @@ def render(image: np.ndarray, settings: np.ndarray, noise: np.ndarray) -> np.nda
     scene = scene * (1 - vignette * (x**2 + y**2) / 2) * (1 + right * x + down * y)
     scene = 0.5 + contrast * (scene - 0.5)
     if sigma > 0:
-        scene = blur(scene, sigma * size / 28, radius=3 * math.ceil(size / 28))
+        spread = sigma * size / 28
+        scene = gaussian_filter(scene, spread, axes=(1, 2), mode="mirror", radius=3 * math.ceil(size / 28))
     scene = scene * (1 + speckle * noise[0]) + sensor * noise[1]
-    seen = torch.from_numpy(np.rint(scene.clip(0, 1) * 255).astype(np.uint8))
-    return (seen if quality >= 100 else decode_jpeg(encode_jpeg(seen, int(quality)))).numpy()
+    seen = np.rint(scene.clip(0, 1) * 255).astype(np.uint8)
+    return seen if quality >= 100 else jpeg(seen, int(quality))
 
 
-@one_thread()
 def apply(images: np.ndarray, device: np.ndarray, seed: int = 0) -> np.ndarray:
     """Images, uint8 (N, C, H, H), as their devices, int (N,) in 0..3, would have taken them.
 

@@ -19,7 +19,7 @@ import torch
 from . import checks, client, exchange, sharing
 from .client import FAULTS, Absence, Faults, Hospital, staying, steps_of
 from .errors import require
-from .exchange import Shared, before_the_rounds, gather_reports, hand_out
+from .exchange import Shared, before_the_rounds, gather_reports
 from .exchange import pretrain as pretrain
 from .keys import one_thread, rng
 from .methods import Method, Sharing
@@ -278,9 +278,7 @@ def run(federation, method, seed, *, workers=1, tamper=None, compute="cpu", **se
 
 @one_thread()
 def share(federation: Federation, how: Sharing, seed: int, *, workers: int = 1, tamper=None) -> Shared:
-    """The exchange of samples alone, without any training of classifiers."""
+    """The exchange of samples alone: who would receive which, without sending them on or training a classifier."""
     with in_process(federation, Method(), seed, workers, tamper) as channel:
         reports = gather_reports(channel, len(channel.hospitals), bool(how.edit))
-        shared = exchange.exchange(channel, reports, how, seed)
-        hand_out(channel, shared)
-    return shared
+        return exchange.exchange(channel, reports, how, seed)

@@ -33,11 +33,11 @@ def test_a_neutral_profile_changes_nothing(monkeypatch):
     np.testing.assert_array_equal(devices.apply(images, np.zeros(40, int)), images)
 
 
-def test_blur_keeps_the_mean_and_softens():
-    image = np.zeros((1, 28, 28))
-    image[0, 14, 14] = 1
-    soft = devices.blur(image, 0.8, 3)
-    assert soft.sum() == pytest.approx(1) and soft.max() < 0.3
+def test_blur_softens_and_keeps_the_mean():
+    image, settings = np.zeros((1, 28, 28), np.uint8), devices.Profile("soft", blur=0.8).settings()
+    image[0, 14, 14] = 255
+    soft = devices.render(image, settings, np.zeros((2, 1, 28, 28)))
+    assert soft.sum() == pytest.approx(255, abs=15) and soft.max() < 0.3 * 255
 
 
 def test_assignment_is_unequal_leaves_cells_empty_and_keeps_groups_together():
