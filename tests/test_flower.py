@@ -403,16 +403,6 @@ def test_a_program_ends_with_all_that_it_has_started(app, tmp_path):
     assert not any(map(psutil.Process.is_running, family))
 
 
-@pytest.mark.slow
-def test_simulated_from_python(app, three):
-    method, faults, said = quick(METHODS["fedssg+combined"]), Faults(absent=0.2, late=0.2), []
-    before = set(psutil.Process().children(recursive=True))
-    run, ended = app.deploy.simulate(three, method, 1, rounds=3, faults=faults, tell=said.append)
-    same(run, server.run(three, method, 1, rounds=3, faults=faults))
-    assert len(ended) == 4 and ended == sorted(ended) and any("round 3 of 3" in line for line in said)
-    assert set(psutil.Process().children(recursive=True)) <= before
-
-
 def until(happened, seconds: float, folder: Path) -> None:
     """Wait; where it takes too long, the logs say why."""
     end = time.monotonic() + seconds

@@ -76,7 +76,7 @@ import importlib
 for name in {modules}:
     importlib.import_module("fedssg_helpers." + name)
 from fedssg_helpers import data, methods, partition, server
-federation = partition.federate(data.load("phantom"), 0, count=3)
+federation = partition.federate(data.load("phantom").subset(range(400)), 0, count=3)
 server.run(federation, methods.Method(sharing=methods.Sharing(pretrain_steps=4)), 0, rounds=1)
 print("done")
 """
