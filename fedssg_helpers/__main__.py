@@ -9,6 +9,7 @@ import sys
 import time
 import timeit
 import tomllib
+import zlib
 from importlib import metadata
 from pathlib import Path
 
@@ -50,26 +51,29 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> None:
     """Check everything that can be checked beforehand, then run the lessons."""
-    from . import data, partition
+    from . import partition, runs
 
     file, folder = Path(options.data).expanduser(), options.data_dir or os.environ.get("FEDSSG_DATA", "")
     name = str(file.resolve()) if file.suffix == ".npz" and file.exists() else options.data
     folder = str(Path(folder).expanduser().resolve()) if folder else ""
     label = file.stem if options.size == 28 else f"{file.stem}-{options.size}"
+    if file.suffix == ".npz":  # two folders may hold an images.npz
+        label += f"-{zlib.crc32(f'{folder}/{name}'.encode()):08x}"
     out = options.out or course.ROOT / "out" / f"run-{label}-{options.profile}"
     out = options.out = out.expanduser().resolve()
     paths = course.lessons(options.lessons, options.only)
     common = {"data": name, "data_dir": folder, "size": options.size, "out": str(out)}
     parameters = course.chosen(paths, common | course.PROFILES[options.profile], dict(options.p or ()))
     try:
-        images = data.load(name, folder or None, options.size)
+        images = runs.images_of(name, folder, options.size)
         for own in parameters.values():  # impossible values (alpha <= 0, too many hospitals) fail here
             known = {"count": own.get("hospitals", 0), "alpha": own.get("alpha", 0.3)}
             partition.federate(images, own.get("seed", 0), **known)
     except ValueError as error:
         raise course.CourseError(str(error)) from None
     start = time.perf_counter()
-    course.run(paths, parameters, out, options.resume, everything=not options.only)
+    made_from = runs.data_digest(name, folder, options.size)[:16] + runs.code_digest()[:16]
+    course.run(paths, parameters, out, made_from, options.resume, everything=not options.only)
     print(f"{len(paths)} done in {time.perf_counter() - start:.0f} s. Open {out / 'index.html'}")
 
 

@@ -44,23 +44,19 @@ def weights_refusal(update, like: torch.Tensor, images, reported: int) -> str:
 
 def _kind(value) -> str:
     """A tensor's dtype and shape in words, or the type of something else."""
-    return (
-        f"{value.dtype} of shape {tuple(value.shape)}"
-        if isinstance(value, torch.Tensor)
-        else type(value).__name__
-    )
+    tensor = isinstance(value, torch.Tensor)
+    return f"{value.dtype} of shape {tuple(value.shape)}" if tensor else type(value).__name__
 
 
 def misfit(answer: dict, **needed) -> str:
     """Why an answer lacks what is needed, by name: a tensor like the given one, or a number >= 0; "" if it is there."""
     for name, like in needed.items():
-        part, tensor = answer.get(name), isinstance(like, torch.Tensor)
-        if not (
-            _kind(part) == _kind(like) if tensor else isinstance(part, int | float) and 0 <= part < math.inf
-        ):
-            return (
-                f"sent {_kind(part)} for {name}; needed is {_kind(like) if tensor else 'a number, 0 or more'}"
-            )
+        part, wanted = answer.get(name), "a number, 0 or more"
+        good = isinstance(part, int | float) and 0 <= part < math.inf
+        if isinstance(like, torch.Tensor):
+            good, wanted = _kind(part) == _kind(like), _kind(like)
+        if not good:
+            return f"sent {_kind(part)} for {name}; needed is {wanted}"
     return ""
 
 
@@ -215,9 +211,8 @@ def _disagreeing(pool: Pool, classes: int) -> list[tuple[float, int, str]]:
     owners, agreed = set(zip(pool.source.tolist(), pool.device.tolist())), agreement(pool, classes)
     devices = [d for _, d in owners]
     alone = {k for k, d in owners if devices.count(d) == 1}
-    lacking = {
-        k: AGREEING * expected - found for k, (found, expected) in agreed.items() if expected >= EXPECTED
-    }
+    judged = {k: of for k, of in agreed.items() if of[1] >= EXPECTED}
+    lacking = {k: AGREEING * expected - found for k, (found, expected) in judged.items()}
     worst = max(lacking, key=lacking.get, default=None)
     if worst is None or lacking[worst] <= ALONE * (worst in alone):
         return []

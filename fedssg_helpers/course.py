@@ -49,11 +49,16 @@ def convert(name: str, text: str, kind: str) -> int | float | bool | str:
         raise CourseError(f"parameter '{name}' must be {wanted}, not '{text}'") from None
 
 
+def literal(path: Path) -> str:
+    """A path for papermill, which would fill parameters into braces."""
+    return str(path).replace("{", "{{").replace("}", "}}")
+
+
 def chosen(paths: list[Path], common: dict, given: dict[str, str]) -> dict[Path, dict]:
     """Parameters of each lesson: those of `common` that it declares, then the user's `given`, checked."""
     import papermill
 
-    found = {path: papermill.inspect_notebook(path).values() for path in paths}
+    found = {path: papermill.inspect_notebook(literal(path)).values() for path in paths}
     kinds = {path: {p["name"]: p["inferred_type_name"] for p in cell} for path, cell in found.items()}
     names = sorted(set().union(*kinds.values()))
     for name in given:
@@ -106,7 +111,7 @@ def execute(path: Path, target: Path, parameters: dict, title: str) -> None:
     quiet = ["--log-level=CRITICAL"]  # a kernel's own trouble after a failed cell is nobody's business
     engine = {"kernel_name": "python3", "language": "python", "cwd": path.parent, "extra_arguments": quiet}
     try:
-        papermill.execute_notebook(path, target, parameters, progress_bar=bar, **engine)
+        papermill.execute_notebook(literal(path), literal(target), parameters, progress_bar=bar, **engine)
         return
     except PapermillExecutionError as error:
         line = next((text.strip() for text in error.source.splitlines() if text.strip()), "")
@@ -140,20 +145,23 @@ def alone(out: Path):
         yield
 
 
-def done(path: Path, out: Path, parameters: dict) -> bool:
-    """Did an earlier run finish this lesson, from the same source with the same parameters?"""
+def done(path: Path, out: Path, parameters: dict, made_from: str) -> bool:
+    """Did an earlier run finish this lesson, from the same source with the same parameters, data and helpers?"""
     if not (out / f"{path.stem}.html").exists():
         return False
     earlier, sources = read(out / "notebooks" / path.name), read(path)
     unchanged = [cell.source for cell in own(earlier)] == [cell.source for cell in sources.cells]
     ran = earlier.metadata.papermill  # papermill's own record
-    return unchanged and not ran.exception and ran.parameters == parameters
+    same = ran.parameters == parameters and ran.get("made_from") == made_from
+    return unchanged and not ran.exception and same
 
 
-def run(paths: list[Path], parameters: dict[Path, dict], out: Path, resume=False, everything=True) -> None:
+def run(
+    paths: list[Path], parameters: dict[Path, dict], out: Path, made_from="", resume=False, everything=True
+):
     """Execute the lessons in order into `out`: notebooks, a page of each, `index.html`, `results.csv`.
 
-    With `resume`, lessons that are done are skipped; else, if all are run, what an earlier run left goes.
+    With `resume`, lessons that are done are skipped (`made_from`: digest of data and helpers); else, if all are run, what an earlier run left goes.
     Raises CourseError at the first cell that fails, after the page of that lesson is written.
     """
     with alone(out), kernel_here():
@@ -164,13 +172,16 @@ def run(paths: list[Path], parameters: dict[Path, dict], out: Path, resume=False
                 file.unlink(missing_ok=True)
         (out / "notebooks").mkdir(exist_ok=True)
         for number, path in enumerate(paths, 1):
-            if resume and done(path, out, parameters[path]):
+            if resume and done(path, out, parameters[path], made_from):
                 print(f"{path.stem}: done before")
                 continue
             target, html, failure = out / "notebooks" / path.name, out / f"{path.stem}.html", None
             html.unlink(missing_ok=True)
             try:
                 execute(path, target, parameters[path], f"{path.stem} ({number} of {len(paths)})")
+                notebook = read(target)
+                notebook.metadata.papermill.made_from = made_from
+                write(notebook, target)
             except CourseError as error:
                 failure = error
             save_text(html, page(target, path.parent))

@@ -7,14 +7,18 @@ names the file, the cause and the cure.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import runpy
 import tempfile
+import warnings
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from . import devices as simulation
 
@@ -83,7 +87,7 @@ def load(name="phantom", folder=None, size: int = 28) -> ImageSet:
         path = Path(name).expanduser()
         path = path if path.exists() or path.is_absolute() else folder / path
         cure = "Check the path. A relative one may also start in the data folder (FEDSSG_DATA or data_dir)."
-        return _image_set(read_npz(path, cure), path, size)
+        return _own(read_npz(path, cure), path, size)
     return _medmnist(name, folder, size)
 
 
@@ -124,10 +128,12 @@ def need(arrays: dict, keys, path: Path) -> None:
 
 def _check_images(images: np.ndarray, path: Path) -> np.ndarray:
     """Images (N, H, W[, C]), checked, as (N, C, H, W)."""
-    cure = "Use (255 * (x - x.min()) / (x.max() - x.min())).round().astype(np.uint8), on images without NaN."
+    cure = "`x = np.nan_to_num(images.astype(float)); images = np.interp(x, (x.min(), x.max()), (0, 255))`, then "
+    cure += "`images = images.round().astype(np.uint8)`."
     require(images.dtype == np.uint8, path, f"images are {images.dtype}, not uint8. {cure}")
     needed = "needed is (N, H, W) for grey or (N, H, W, 3) for colour; 3-D volumes are not supported"
-    cure = "Use images.transpose(0, 2, 3, 1) if channels come first, images[..., :3] to remove transparency."
+    cure = "`images = images.transpose(0, 2, 3, 1)` if channels come first, `images = images[..., :3]` to remove "
+    cure += "transparency."
     grey, colour = images.ndim == 3, images.ndim == 4 and images.shape[3] in (1, 3)
     require(grey or colour, path, f"images have shape {images.shape}; {needed}. {cure}")
     require(len(images) > 0, path, "holds no images. Save at least a few per class.")
@@ -142,13 +148,17 @@ def _check_labels(labels: np.ndarray, n: int, classes: int, path: Path) -> np.nd
     """Labels (N,) or (N, 1), checked, as int64 (N,)."""
     if labels.ndim == 2 and labels.shape[1] == 1:
         labels = labels[:, 0]
-    cure = f"Save one value per image, shape ({n},). For one-hot rows: labels.argmax(1)."
+    cure = f"Save one value per image, shape ({n},). For one-hot rows: `labels = labels.argmax(1)`."
     require(labels.shape == (n,), path, f"labels have shape {labels.shape} for {n} images. {cure}")
-    cure = "Use names, labels = np.unique(labels, return_inverse=True), and save names as class_names."
+    cure = (
+        "`class_names, labels = np.unique(labels.astype(str), return_inverse=True)`; save class_names, too."
+    )
     require(labels.dtype.kind in "iub", path, f"labels are {labels.dtype}, not whole numbers. {cure}")
     low, high, most = int(labels.min()), int(labels.max()), classes - 1
     cause = f"labels run from {low} to {high}, out of the range 0 to {most}"
-    cure = "Renumber them from 0: np.unique(labels, return_inverse=True)[1]."
+    cure = "Renumber them from 0: `labels = np.unique(labels, return_inverse=True)[1]`."
+    if low >= 0 and classes < min(MOST_CLASSES, len(np.unique(labels))):
+        cure = "There are more classes than class_names: name them all."
     require(0 <= low and high <= most, path, f"{cause}. {cure}")
     require(low < high, path, f"all labels are {low}. At least two classes are needed to classify anything.")
     return labels.astype(np.int64)
@@ -157,7 +167,7 @@ def _check_labels(labels: np.ndarray, n: int, classes: int, path: Path) -> np.nd
 def _codes(key: str, array: np.ndarray, n: int, path: Path) -> tuple[np.ndarray, np.ndarray]:
     """The distinct values of an array of strings or whole numbers, and each entry's place among them."""
     require(array.shape == (n,), path, f"{key} has shape {array.shape}. Save one value per image, ({n},).")
-    cure = "Fill in missing values and convert: .astype(str) or .astype(int)."
+    cure = f"`{key} = {key}.astype(str)`."
     cause = f"{key} is {array.dtype}; needed are strings or whole numbers"
     require(array.dtype.kind in "iubU", path, f"{cause}. {cure}")
     names, code = np.unique(array, return_inverse=True)
@@ -174,7 +184,11 @@ def _image_set(arrays: dict, path: Path, size: int, group_key: str = "group") ->
     classes = arrays.get("class_names", np.array([f"class {i}" for i in range(MOST_CLASSES)]))
     cause = f"class_names has shape {classes.shape} and type {classes.dtype}"
     good = classes.ndim == 1 and classes.dtype.kind == "U" and 2 <= len(classes) <= MOST_CLASSES
-    require(good, path, f"{cause}; needed are 2 to {MOST_CLASSES} strings: np.array(['first', 'second']).")
+    cure = "`class_names = class_names.astype(str)`, or leave them out."
+    require(good, path, f"{cause}; needed are 2 to {MOST_CLASSES} strings. {cure}")
+    names, number = np.unique(classes, return_counts=True)
+    twice = ", ".join(names[number > 1])
+    require(not twice, path, f"class_names has {twice!r} more than once. Give every class a name of its own.")
     labels = _check_labels(arrays["labels"], n, len(classes), path)
     if "class_names" not in arrays:
         classes = classes[: labels.max() + 1]
@@ -186,6 +200,34 @@ def _image_set(arrays: dict, path: Path, size: int, group_key: str = "group") ->
     names = tuple(name if isinstance(name, str) else f"device {name}" for name in devices.tolist())
     licence = "not stated (your own data)"
     return ImageSet(path.stem, images, labels, device, group, tuple(classes.tolist()), names, licence, False)
+
+
+def _own(arrays: dict, path: Path, size: int) -> ImageSet:
+    """Your own images. What could make a score wrong is mended, and a warning says so."""
+    found, said = _image_set(arrays, path, size), []
+    unused = sorted(set(arrays) - {"images", "labels", "class_names", "device", "group"})
+    if unused:
+        known = "patients or lesions belong in group, scanners in device, names in class_names"
+        said.append(f"not used: {', '.join(unused)} ({known})")
+    lacking = [name for c, name in enumerate(found.classes) if not (found.labels == c).any()]
+    if lacking:
+        said.append(f"no image of {', '.join(lacking)}: the score leaves these classes out")
+    group = found.group.copy()
+    missing = np.char.lower(arrays["group"].astype(str)) if "group" in arrays else np.empty(0)
+    missing = np.flatnonzero(np.isin(missing, ("", "nan", "none", "na", "<na>", "nat")))
+    if len(missing):
+        group[missing] = group.max() + 1 + np.arange(len(missing))
+        said.append(f"group is missing for {len(missing)} images: each is a group of its own")
+    digests = [hashlib.blake2b(image.tobytes()).digest() for image in found.images]
+    picture = np.unique(digests, return_inverse=True)[1]
+    if (copies := len(found) - picture.max() - 1) > 0:
+        said.append(f"{copies} images are copies of others: copies share a group")
+        pairs, nodes = (group, group.max() + 1 + picture), group.max() + picture.max() + 2
+        graph = coo_array((np.ones(len(group)), pairs), (nodes, nodes))
+        group = connected_components(graph, directed=False)[1][group]
+    for text in said:
+        warnings.warn(f"{path}: {text}.", stacklevel=3)
+    return replace(found, group=group.astype(np.int64))
 
 
 def _simulated(clean: ImageSet, device: np.ndarray, **changes) -> ImageSet:

@@ -101,9 +101,7 @@ def hand_out(channel, shared: Shared) -> list[tuple[int, int, str]]:
     return [(0, k, f"received nothing: {why}") for k, _, why in channel.ask("receive", contents) if why]
 
 
-def pretrain(
-    net: SmallCNN, pool, steps: int, seed: int, lr=0.05, *, view=AsIs(), styles=None
-) -> torch.Tensor:
+def pretrain(net: SmallCNN, pool, steps: int, seed: int, lr=0.05, *, view=AsIs(), styles=None):
     """The server's own training of the first global weights (P,) on the pool: no real image, no hospital's step."""
     weights, images, labels = net.weights.clone(), pool.images.to(net.weights.device), pool.labels
     known = dict(method=Method(batches=Balanced(), view=view), styles=styles, steps=steps // 4, batch=64)
@@ -114,9 +112,7 @@ def pretrain(
     return weights
 
 
-def before_the_rounds(
-    channel, reports: Reports, method: Method, seed: int, net: SmallCNN, styles, fresh: bool
-):
+def before_the_rounds(channel, reports: Reports, method: Method, seed: int, net, styles, fresh: bool):
     """All before the rounds: first weights, costs, what was missed, and the pool where nothing else is trained on."""
     how, weights, pool = method.sharing, net.weights.clone(), None
     if isinstance(how, Copies):

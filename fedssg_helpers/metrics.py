@@ -45,10 +45,12 @@ def macro_f1(confusion: np.ndarray) -> float:
 def summary(confusion: np.ndarray, train_counts) -> dict[str, float]:
     """The course's scores, 0..1, from matrices (D, C, C), all but the worst device's on the pooled test set.
 
-    Rare are the three classes with the fewest of `train_counts` (C,), of fewer than six the rarer half.
+    Rare are the three classes with the fewest of `train_counts` (C,), of fewer than six the rarer half; a class that
+    nobody has is none of them.
     """
     pooled, counts = confusion.sum(0), np.asarray(train_counts)
-    rare = np.argsort(counts, kind="stable")[: max(1, min(3, len(counts) // 2))]
+    occur = np.flatnonzero(counts)
+    rare = occur[np.argsort(counts[occur], kind="stable")][: max(1, min(3, len(occur) // 2))]
     rare_rates = recall(pooled)[rare]
     return {
         "balanced_accuracy": balanced_accuracy(pooled),

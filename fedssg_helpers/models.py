@@ -57,10 +57,8 @@ class SmallCNN(nn.Module):
 
     def norms(self) -> torch.Tensor:
         """Which weights (P,), bool, are scales and shifts of a normalisation layer."""
-        kinds = [
-            (p, isinstance(m, nn.GroupNorm)) for m in self.modules() for p in m.parameters(recurse=False)
-        ]
-        return torch.cat([torch.full((p.numel(),), norm) for p, norm in kinds])
+        layers = [(p, m) for m in self.modules() for p in m.parameters(recurse=False)]
+        return torch.cat([torch.full((p.numel(),), isinstance(m, nn.GroupNorm)) for p, m in layers])
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits (B, classes) of images (B, C, H, W): uint8, or float that `scale` has scaled."""

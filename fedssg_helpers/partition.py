@@ -49,10 +49,12 @@ def federate(images: ImageSet, seed: int = 0, *, count: int = 0, **skew) -> Fede
     """Split off the test images, then distribute the others to hospitals.
 
     With `count` > 0 there are that many, made by `hospitals` with its parameters `skew`. With 0 there is one
-    hospital per device if there are several real ones, else (devices simulated, or one only) ten hospitals.
+    hospital per device if several real ones have taken two groups (lesions or patients) or more, so that each is on
+    both sides of a split; else (devices simulated, or one only) ten hospitals.
     """
     train, test = split(images, seed=seed)
-    if count == 0 and not images.simulated and len(np.unique(images.device[train])) > 1:
+    groups = np.bincount(np.unique(np.stack([images.device, images.group]), axis=1)[0])
+    if count == 0 and not images.simulated and (groups > 1).sum() > 1:
         parts, setting = by_device(images, train), "by_device"
     else:
         parts = hospitals(images, train, count or 10, seed=seed, **skew)
@@ -72,7 +74,7 @@ def split(images: ImageSet, test: float = 0.25, seed: int = 0) -> tuple[np.ndarr
 
     Whole groups go to one side. They are sorted by class, by device, then at random, and every (1 / test)-th
     is a test group (systematic sampling), so each cell of class and device is split in nearly the same
-    proportion. A class of two groups or more is on both sides. An `official_test` is kept as it is.
+    proportion. A class or device of two groups or more is on both sides. An `official_test` is kept as it is.
     """
     require(0 < test < 1, f"test = {test}", "the fraction must lie between 0 and 1, for example 0.25.")
     side = images.official_test
@@ -84,15 +86,15 @@ def split(images: ImageSet, test: float = 0.25, seed: int = 0) -> tuple[np.ndarr
         step = np.floor(np.arange(len(first) + 1) * test + rng(seed, "split start").random())
         held = np.zeros(len(first), bool)
         held[order] = np.diff(step) > 0
-        side = _cover(held, group, images.labels, order)[group]
+        side = _cover(held, group, images.labels, images.device, order)[group]
     require(0 < side.sum() < len(side), images.name, "one side of the split is empty. Give more images.")
     return np.flatnonzero(~side), np.flatnonzero(side)
 
 
-def _cover(held: np.ndarray, group: np.ndarray, labels: np.ndarray, order: np.ndarray) -> np.ndarray:
-    """Test groups `held`, bool (G,), a few of them moved (in `order`) so that each class is on both sides."""
-    has = np.zeros((len(held), labels.max() + 1), bool)
-    has[group, labels] = True
+def _cover(held: np.ndarray, group, labels, device, order: np.ndarray) -> np.ndarray:
+    """Test groups `held`, bool (G,), a few moved (in `order`) so that each class and device is on both sides."""
+    has = np.zeros((len(held), labels.max() + device.max() + 2), bool)
+    has[group, labels] = has[group, labels.max() + 1 + device] = True
     for label in np.flatnonzero(has.sum(0) >= 2):
         for side in (True, False):
             if not has[held == side, label].any():
@@ -135,14 +137,17 @@ def hospitals(images, index, count=10, *, alpha=0.3, device_mix=0.0, size_skew=0
     Within a device, each class is distributed by a Dirichlet distribution over its hospitals (Yurochkin et
     al. 2019, arXiv 1905.12022). All images of a group go to one hospital, and no hospital is empty.
 
-    - alpha, above 0: 100 gives the hospitals of a device the same mix of classes, 0.1 nearly one class each.
+    - alpha, above 0: 100 gives the hospitals of a device the same mix of classes, 0.1 nearly one class each;
+      above a million all are the same.
     - device_mix, 0..1: probability that a group goes to a hospital of any device. 1 ends device skew.
     - size_skew, from 0: 0 gives equal expected sizes within a device, 1 spreads them by a factor of about e.
     - tail, from 1: the rarest class keeps 1 / tail of its groups, the others in between by rank.
     """
-    if not (alpha > 0 and 0 <= device_mix <= 1 and size_skew >= 0 and tail >= 1):
+    if not (0 < alpha < np.inf and 0 <= device_mix <= 1 and 0 <= size_skew < np.inf and 1 <= tail < np.inf):
         given = f"alpha is {alpha}, device_mix {device_mix}, size_skew {size_skew}, tail {tail}"
-        raise ValueError(f"{given}; needed are alpha > 0, device_mix in 0..1, size_skew >= 0 and tail >= 1")
+        raise ValueError(
+            f"{given}; needed are finite numbers: alpha > 0, device_mix in 0..1, size_skew >= 0, tail >= 1"
+        )
     groups, first, inverse = np.unique(images.group[index], return_index=True, return_inverse=True)
     if not 1 <= count <= len(groups):
         raise ValueError(f"count is {count}; there are lesions or patients for 1 to {len(groups)} hospitals")
@@ -191,7 +196,7 @@ def distribute_groups(label, device, homes, count, alpha, device_mix, size_skew,
     for d, own in enumerate(homes):
         for c in np.unique(label[device == d]):
             members = random.permutation(np.flatnonzero((device == d) & (label == c)))
-            share = random.dirichlet(alpha * len(own) * size[own] / size[own].sum())
+            share = random.dirichlet(min(alpha, 1e6) * len(own) * size[own] / size[own].sum())
             if not np.isfinite(share).all():  # alpha is so small that shares underflow: one takes all
                 share = np.eye(len(own))[random.integers(len(own))]
             cut = np.round(np.cumsum(share)[:-1] * len(members)).astype(int)

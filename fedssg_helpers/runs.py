@@ -87,7 +87,8 @@ def recipe(job: Job) -> Method:
 
 
 @functools.lru_cache(maxsize=2)
-def _data_digest(data: str, data_dir: str, size: int) -> str:
+def data_digest(data: str, data_dir: str, size: int) -> str:
+    """SHA-256 of all that a data set holds."""
     images, digest = images_of(data, data_dir, size), hashlib.sha256()
     for array in (images.images, images.labels, images.device, images.group, images.official_test):
         digest.update(np.ascontiguousarray(array if array is not None else ()))
@@ -117,11 +118,16 @@ def _code_digest(files: tuple[tuple[Path, int], ...]) -> str:
     return digest.hexdigest()
 
 
+def code_digest() -> str:
+    """SHA-256 of the counted modules' code as it is now."""
+    return _code_digest(_sources())
+
+
 def cache_file(job: Job, out: Path) -> Path:
     """Where a job's run is kept; a ValueError for a method that is not known (see `recipe`)."""
     key = {name: describe(value) for name, value in vars(job).items() if name not in ("data_dir", "method")}
-    key |= {"recipe": describe(recipe(job)), "code": _code_digest(_sources())}
-    key |= {"data": _data_digest(job.data, job.data_dir, job.size)}
+    key |= {"recipe": describe(recipe(job)), "code": code_digest()}
+    key |= {"data": data_digest(job.data, job.data_dir, job.size)}
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     name = "".join(c if c.isalnum() or c in "+_" else "-" for c in job.method)
     return out / "cache" / f"{name}-{int(job.seed)}-{digest[:16]}.npz"
@@ -190,14 +196,11 @@ def _compute(job: Job, file: Path, tick=lambda: None, workers: int = 1) -> None:
 
 def processes():
     """The multiprocessing context of worker processes: never forks of this one, whose threads a copy would lack."""
-    if "forkserver" not in multiprocessing.get_all_start_methods() or _sources() != LOADED:
-        return multiprocessing.get_context(
-            "spawn"
-        )  # also where the helpers were edited: workers import them anew
+    edited = _sources() != LOADED  # then workers import the helpers anew
+    if edited or "forkserver" not in multiprocessing.get_all_start_methods():
+        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        [__name__]
-    )  # one clean process imports PyTorch, once; workers are its copies
+    context.set_forkserver_preload([__name__])  # one clean process imports PyTorch; workers are its copies
     return context
 
 
@@ -232,9 +235,8 @@ def run_many(jobs: list[Job], out: str = "", workers: int = 2) -> list[Run]:
     folder = out_folder(out)
     files = [cache_file(job, folder) for job in jobs]
     todo = {file: replace(job, recipe=recipe(job)) for job, file in zip(jobs, files) if not file.exists()}
-    with tqdm(
-        total=sum(job.rounds for job in todo.values()), unit="round", leave=False, disable=not todo
-    ) as bar:
+    total = sum(job.rounds for job in todo.values())
+    with tqdm(total=total, unit="round", leave=False, disable=not todo) as bar:
         if workers == 1 or len(todo) == 1:
             for file, job in todo.items():  # in this process, with hospitals side by side
                 _compute(job, file, bar.update, workers)
@@ -266,7 +268,6 @@ def table(jobs: list[Job], runs: list[Run]) -> pd.DataFrame:
         hospitals, name = federation_of(job), images_of(job.data, job.data_dir, job.size).name
         counts = sum(np.bincount(c.labels, minlength=len(hospitals.classes)) for c in hospitals.clients)
         scores = metrics.summary(run.confusions[-1], counts) | run.costs | {"lr": recipe(job).lr}
-        rows += [
-            (name, hospitals.setting, job.method, job.seed, metric, value) for metric, value in scores.items()
-        ]
+        run_of = name, hospitals.setting, job.method, job.seed
+        rows += [(*run_of, metric, value) for metric, value in scores.items()]
     return pd.DataFrame(rows, columns=["dataset", "setting", "method", "seed", "metric", "value"])

@@ -12,7 +12,7 @@ import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
-from fedssg_helpers import course, data
+from fedssg_helpers import course, data, runs
 from fedssg_helpers.__main__ import main
 
 PARAMETERS = """data: str = "phantom"  # data set
@@ -51,7 +51,7 @@ PNG = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAW
 def folder(tmp_path, monkeypatch):
     """Two lessons that note in log.txt that they ran; the second fails where a file `broken` exists."""
     monkeypatch.setattr(data, "load", lambda *a, **k: PHANTOM)
-    lessons = tmp_path / "lessons"
+    lessons = tmp_path / "lessons {seed} {x}"  # braces mean nothing to us, but to papermill
     lessons.mkdir()
     write(lessons / "00_first.ipynb", log("first"), PICTURE, title="Start & go")
     check = "# does it hold?\nimport os\nassert not os.path.exists('broken'), 'told to fail'"
@@ -93,7 +93,7 @@ def test_a_run_with_a_failing_cell_and_its_resumption(folder, tmp_path, monkeypa
     monkeypatch.setenv("MPLBACKEND", "agg")
     (folder / "dot.png").write_bytes(course.base64.b64decode(PNG))
     (folder / "broken").touch()
-    out = tmp_path / "out"
+    out = tmp_path / "out {data} {"
     words = ["-p", "rounds", "7", "-p", "alpha", "1"]
 
     assert start(folder, out, *words) == 1
@@ -127,7 +127,7 @@ def test_a_run_with_a_failing_cell_and_its_resumption(folder, tmp_path, monkeypa
     assert '<script async="" src="https://cdnjs' in page, "nothing waits for the network"
 
 
-def test_what_is_done_is_skipped_only_if_nothing_changed(quick, tmp_path):
+def test_what_is_done_is_skipped_only_if_nothing_changed(quick, tmp_path, monkeypatch):
     def ran(*words):
         (quick / "log.txt").write_text("")
         assert start(quick, tmp_path / "out", *words) == 0
@@ -139,6 +139,10 @@ def test_what_is_done_is_skipped_only_if_nothing_changed(quick, tmp_path):
     assert ran("--resume", "-p", "seed", "5") == ["01_second"]
     write(quick / "00_first.ipynb", "1 + 1")
     assert ran("--resume", "-p", "seed", "5") == ["00_first"], "another source"
+    for digest in ("data_digest", "code_digest"):
+        monkeypatch.setattr(runs, digest, lambda *_: "another")
+        assert ran("--resume", "-p", "seed", "5") == both, digest
+        assert ran("--resume", "-p", "seed", "5") == []
     assert ran("--only", "01") == ["01_second"], "chosen by name: runs again, and leaves the rest alone"
     assert {"00_first.html", "01_second.html"} <= {path.name for path in (tmp_path / "out").iterdir()}
 
@@ -200,7 +204,7 @@ def test_a_dead_kernel_is_named_and_not_taken_for_done(folder, tmp_path, capsys)
     assert "00_first.ipynb, cell 3 of 3: the kernel died" in capsys.readouterr().err
     assert "stopped at an error" in (tmp_path / "out" / "index.html").read_text()
     parameters = course.chosen([folder / "00_first.ipynb"], {"data": "phantom"}, {})
-    assert not course.done(folder / "00_first.ipynb", tmp_path / "out", *parameters.values())
+    assert not course.done(folder / "00_first.ipynb", tmp_path / "out", *parameters.values(), "")
 
 
 def test_keyboard_stop_says_how_to_go_on(folder, tmp_path, monkeypatch, capsys):
@@ -296,3 +300,14 @@ def test_doctor_answers_fast():
     assert any(name.startswith("torch>=") for name in lines)
     assert result.returncode == int("MISSING" in lines.values())
     assert "'make course' takes about" in result.stdout
+
+
+def test_two_files_of_one_name_write_to_two_folders(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(course, "ROOT", tmp_path)
+    outs = []
+    monkeypatch.setattr(course, "run", lambda paths, parameters, out, *_, **__: outs.append(out))
+    for place in ("a", "b", "a"):
+        (tmp_path / place).mkdir(exist_ok=True)
+        (tmp_path / place / "images.npz").touch()
+        assert main(["run", "--lessons", str(folder), "--data", str(tmp_path / place / "images.npz")]) == 0
+    assert outs[0] == outs[2] != outs[1] and outs[0].name.startswith("run-images-")

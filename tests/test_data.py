@@ -1,6 +1,7 @@
 """Loading and checking data sets: every source, and every fault with its cure."""
 
 import csv
+import re
 import runpy
 import sys
 import zipfile
@@ -10,7 +11,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import utils
 
-from fedssg_helpers import data, devices
+from fedssg_helpers import data, devices, partition
 from fedssg_helpers.data import DataError, ImageSet, load
 
 N = 60
@@ -100,9 +101,9 @@ def test_a_subset_keeps_the_official_split_only_while_it_has_both_sides(tmp_path
 
 IMAGES = arrays()["images"]
 FAULTS = {
-    "float images": (dict(images=IMAGES / 255), "float64, not uint8", "Use (255 * (x"),
-    "NaN images": (dict(images=np.full((N, 28, 28), np.nan)), "float64, not uint8", "without NaN"),
-    "wider whole numbers": (dict(images=IMAGES.astype(np.int32)), "int32, not uint8", "Use"),
+    "float images": (dict(images=IMAGES / 255), "float64, not uint8", "np.interp"),
+    "NaN images": (dict(images=np.full((N, 28, 28), np.nan)), "float64, not uint8", "nan_to_num"),
+    "wider whole numbers": (dict(images=IMAGES.astype(np.int32)), "int32, not uint8", "np.interp"),
     "channels first": (dict(images=IMAGES.transpose(0, 3, 1, 2)), "(60, 3, 28, 28)", "transpose(0, 2, 3, 1)"),
     "alpha channel": (dict(images=np.zeros((N, 28, 28, 4), np.uint8)), "(60, 28, 28, 4)", "images[..., :3]"),
     "volumes": (dict(images=np.zeros((N, 8, 28, 28, 1), np.uint8)), "shape", "3-D volumes"),
@@ -111,7 +112,11 @@ FAULTS = {
     "tiny images": (dict(images=np.zeros((N, 7, 7), np.uint8)), "7 x 7", "resize"),
     "huge images": (dict(images=np.zeros((2, 600, 600), np.uint8)), "600 x 600", "resize"),
     "not square": (dict(images=np.zeros((N, 28, 40), np.uint8)), "28 x 40", "Crop"),
-    "labels too high": (dict(class_names=["a", "b"]), "run from 0 to 2, out of the range 0 to 1", "Renumber"),
+    "labels too high": (
+        dict(class_names=["a", "b"]),
+        "run from 0 to 2, out of the range 0 to 1",
+        "name them all",
+    ),
     "absurd label": (dict(labels=np.r_[10**9, np.zeros(N - 1, int)]), "out of the range", "Renumber"),
     "negative label": (dict(labels=np.arange(N) % 3 - 1), "run from -1", "Renumber"),
     "fractional labels": (dict(labels=np.arange(N) / 7), "not whole numbers", "np.unique"),
@@ -129,7 +134,7 @@ FAULTS = {
     "one class": (dict(labels=np.ones(N, int)), "all labels are 1", "two classes"),
     "device too short": (dict(device=np.zeros(3, int)), "device has shape (3,)", "one value per image"),
     "group too long": (dict(group=np.zeros(N + 1, int)), "group has shape", "one value per image"),
-    "device not a name": (dict(device=np.full(N, np.nan)), "device is float64", "Fill in"),
+    "device not a name": (dict(device=np.full(N, np.nan)), "device is float64", "device.astype(str)"),
     "class names as numbers": (dict(class_names=np.arange(3)), "class_names", "strings"),
     "no class names": (dict(class_names=np.array([], str)), "class_names has shape (0,)", "2 to 256"),
     "no labels": (dict(labels=None), "lacks labels", "data/README.md"),
@@ -146,6 +151,88 @@ def test_every_fault_is_named_with_its_cure(tmp_path, fault):
         load(path)
     for part in (str(path), cause, cure):
         assert part in str(caught.value)
+
+
+def cures(error) -> list[str]:
+    """The statements that a message prints, between backticks."""
+    return re.findall(r"`([^`]+)`", str(error))
+
+
+RAMP = np.linspace(0, 1, N * 784).reshape(N, 28, 28)
+CURED = {  # what is wrong, and which of the printed statements mend it
+    "float images": (dict(images=RAMP), [0, 1]),
+    "NaN images": (dict(images=np.where(RAMP < 0.1, np.nan, RAMP)), [0, 1]),
+    "16 bits": (dict(images=(65535 * RAMP).astype(np.uint16)), [0, 1]),
+    "16 bits with sign": (dict(images=(65535 * RAMP - 32768).astype(np.int16)), [0, 1]),
+    "8 bits with sign": (dict(images=(255 * RAMP - 128).astype(np.int8)), [0, 1]),
+    "black and white": (dict(images=RAMP > 0.5), [0, 1]),
+    "all alike": (dict(images=np.full((N, 28, 28), 7, np.int32)), [0, 1]),
+    "channels first": (dict(images=IMAGES.transpose(0, 3, 1, 2)), [0]),
+    "transparency": (dict(images=np.concatenate([IMAGES, IMAGES[..., :1]], 3)), [1]),
+    "one-hot": (dict(labels=np.eye(3)[np.arange(N) % 3]), [0]),
+    "names for labels": (dict(labels=np.where(np.arange(N) % 2, "a", "b")), [0]),
+    "fractions for labels": (dict(labels=np.arange(N) % 3 / 2), [0]),
+    "labels from -1": (dict(labels=np.arange(N) % 3 - 1), [0]),
+    "an absurd label": (dict(labels=np.r_[10**9, np.zeros(N - 1, int)]), [0]),
+    "missing devices": (dict(device=np.where(np.arange(N) % 2, np.nan, 1.0)), [0]),
+    "missing groups": (dict(group=np.where(np.arange(N) % 2, np.nan, np.arange(N) // 6)), [0]),
+    "numbers for class names": (dict(class_names=np.arange(3)), [0]),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("fault", CURED)
+def test_every_printed_cure_gives_usable_data(tmp_path, fault):
+    changes, which = CURED[fault]
+    with pytest.raises(DataError) as caught:
+        load(saved(tmp_path / "a.npz", **changes))
+    names = arrays(**changes) | {"np": np}
+    for i in which:
+        exec(cures(caught.value)[i], names)
+    mended = {
+        key: names[key] for key in ("images", "labels", "device", "group", "class_names") if key in names
+    }
+    d = load(saved(tmp_path / "b.npz", **mended))
+    check(d)
+    if d.images.shape[1] == 1:  # a ramp keeps its order, and all its steps
+        assert (np.diff(d.images.ravel().astype(int)) >= 0).all()
+        steps = {"black and white": 2, "all alike": 1, "NaN images": 231}.get(fault, 256)
+        assert abs(len(np.unique(d.images)) - steps) <= 1
+
+
+def test_names_that_occur_twice_are_refused(tmp_path):
+    with pytest.raises(DataError, match="class_names has 'nevus' more than once"):
+        load(saved(tmp_path / "a.npz", class_names=["nevus", "melanoma", "nevus"]))
+
+
+def test_what_is_not_used_and_who_does_not_occur_is_said(tmp_path):
+    path = saved(tmp_path / "a.npz", patient_id=np.arange(N), Group=np.arange(N), labels=np.arange(N) % 2 * 4)
+    with pytest.warns(UserWarning) as said:
+        d = load(path)
+    said = [str(warning.message) for warning in said]
+    assert any("not used: Group, patient_id (patients or lesions belong in group" in text for text in said)
+    assert any("no image of class 1, class 2, class 3" in text for text in said)
+    assert len(set(d.group)) == N
+
+
+def test_a_missing_id_is_a_group_of_its_own(tmp_path):
+    group = np.where(np.arange(N) < 9, "nan", (np.arange(N) // 3).astype(str))
+    with pytest.warns(UserWarning, match="group is missing for 9 images"):
+        d = load(saved(tmp_path / "a.npz", group=group))
+    assert len(set(d.group[:9])) == 9 and len(set(d.group)) == 9 + (N - 9) // 3
+    assert not set(d.group[:9]) & set(d.group[9:])
+
+
+def test_copies_share_a_group(tmp_path):
+    """Also through other copies, and with groups of their own."""
+    images, group = IMAGES.copy(), np.arange(N)
+    images[1], images[2], group[3] = images[0], images[0], group[2]
+    with pytest.warns(UserWarning, match="2 images are copies of others"):
+        d = load(saved(tmp_path / "a.npz", images=images, group=group))
+    assert len(set(d.group[:4])) == 1 and len(set(d.group)) == N - 3
+    train, test = partition.split(d, seed=0)
+    seen = {image.tobytes() for image in d.images[train]}
+    assert not any(image.tobytes() in seen for image in d.images[test])
 
 
 @pytest.mark.parametrize("keep", [0, 3, 100, 0.5, 0.98])

@@ -52,6 +52,17 @@ def test_two_classes_have_one_rare_class():
     assert metrics.summary(each, [100, 5])["rare_recall"] == pytest.approx(0.75)
 
 
+def test_a_class_that_nobody_has_is_not_rare():
+    """Labels 0, 5 and 9 score as 0, 1 and 2 do."""
+    labels, predicted = np.array([0, 0, 1, 1, 2, 2]), np.array([0, 0, 1, 2, 2, 0])
+    names, counts = np.array([0, 5, 9]), np.zeros(10, int)
+    counts[names] = 60, 3, 20
+    plain = metrics.confusions(labels, predicted, 0 * labels, 3, 1)
+    gaps = metrics.confusions(names[labels], names[predicted], 0 * labels, 10, 1)
+    assert metrics.summary(gaps, counts) == metrics.summary(plain, [60, 3, 20])
+    assert metrics.summary(plain, [60, 3, 20])["rare_recall"] == 0.5
+
+
 def test_empty_cells_are_left_out_and_never_zero():
     each = np.zeros((2, 3, 3), int)
     each[0, 0, 0], each[0, 1, 1] = 4, 2  # device 0 lacks class 2, device 1 has no test image at all

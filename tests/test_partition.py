@@ -283,6 +283,24 @@ def test_federation_is_by_device_where_devices_are_real():
     assert partition.federate(real, count=4).setting == "4_hospitals"
 
 
+@pytest.mark.parametrize("patients, setting", [(1, "ten_hospitals"), (2, "by_device"), (3, "by_device")])
+def test_the_setting_does_not_depend_on_the_seed(patients, setting):
+    """A few patients on a second scanner: on both sides of every split, or the scanner does not count."""
+    data = replace(tiny(devices=1), simulated=False, devices=("p", "q"))
+    data.device[np.isin(data.group, np.unique(data.group)[:: 200 // patients][:patients])] = 1
+    made = [partition.federate(data, seed) for seed in range(8)]
+    assert {federation.setting for federation in made} == {setting}
+    if patients > 1:
+        assert all(len(f.clients) == 2 and (f.test.device == 1).any() for f in made)
+
+
+@pytest.mark.parametrize("alpha", [1e6, 1e9, 1e308])
+def test_the_largest_alpha_is_the_least_skew(alpha):
+    data = tiny(1200, devices=1)
+    parts = [partition.hospitals(data, everything(data), 4, alpha=a) for a in (alpha, 1e5)]
+    assert divergence(data, parts[0]) <= divergence(data, parts[1]) + 0.01
+
+
 def test_one_device_gets_ten_hospitals_or_as_many_as_asked():
     data = replace(tiny(devices=1), simulated=False)
     assert len(partition.federate(data).clients) == 10
@@ -295,6 +313,9 @@ def test_one_device_gets_ten_hospitals_or_as_many_as_asked():
         ({"alpha": 0}, "alpha"),
         ({"alpha": -1}, "alpha"),
         ({"alpha": float("nan")}, "alpha"),
+        ({"alpha": float("inf")}, "finite"),
+        ({"size_skew": float("nan")}, "size_skew"),
+        ({"tail": float("inf")}, "tail"),
         ({"device_mix": 1.5}, "device_mix"),
         ({"device_mix": -0.1}, "device_mix"),
         ({"size_skew": -1}, "size_skew"),

@@ -184,6 +184,17 @@ def test_one_hospital_runs_or_says_why_not(name):
     assert np.isfinite(run.weights).all() and run.costs["bytes_samples_up"] == 0 and run.took_part.all()
 
 
+@pytest.mark.parametrize("name", METHODS)
+def test_a_hospital_with_one_image_takes_part(name):
+    """Issue of old: a one-element index gives a number in place of a vector."""
+    hospitals, method = federation((60, 40, 5)), METHODS[name]
+    hospitals.clients[2] = hospitals.clients[2].take([1])
+    if getattr(method.sharing, "pretrain_steps", 0):
+        method = replace(method, sharing=replace(method.sharing, pretrain_steps=8))
+    run = server.run(hospitals, method, 0, rounds=2)
+    assert np.isfinite(run.weights).all() and run.took_part.all() and not run.missed
+
+
 @pytest.mark.skipif(bool(dpsgd.opacus_missing()), reason="the privacy extra is not installed")
 def test_a_method_with_differential_privacy_runs():
     how = replace(SHARE.sharing, source=dpsgd.DPSGD(epsilon=10, steps=20))
