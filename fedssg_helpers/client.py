@@ -258,9 +258,9 @@ def generate(hospital: Hospital, content: dict, net) -> dict:
         samples = chosen(hospital.data, wanted, rng(seed, "real upload", k))
     else:
         samples, rejected = synthesise(hospital.data, wanted, k, seed, how, hospital.orientations)
-    seconds = time.thread_time() - began
     answer = {"labels": samples.labels, "device": samples.device, "rejected": torch.from_numpy(rejected)}
-    return answer | {"pictures": sharing.packed(samples.images), "seconds": seconds}
+    answer |= {"pictures": sharing.packed(samples.images)}
+    return answer | {"seconds": time.thread_time() - began}
 
 
 def receive(hospital: Hospital, content: dict, net) -> dict:

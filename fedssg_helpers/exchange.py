@@ -94,8 +94,9 @@ def hand_out(channel, shared: Shared) -> list[tuple[int, int, str]]:
     """Send every hospital its rows of the pool, and count the bytes; returns who did not get them, and why."""
     contents = {}
     for k, rows in shared.rows.items():
-        samples = shared.pool.take(rows)
+        samples, began = shared.pool.take(rows), time.thread_time()
         pictures = sharing.packed(samples.images)
+        shared.costs["server_seconds"] += time.thread_time() - began
         contents[k] = dict(pictures=pictures, labels=samples.labels, device=samples.device)
         shared.costs["bytes_samples_down"] += sum(map(len, pictures))
     return [(0, k, f"received nothing: {why}") for k, _, why in channel.ask("receive", contents) if why]
