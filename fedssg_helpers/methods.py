@@ -310,13 +310,10 @@ METHODS = {
     "oracle_real": replace(FEDSSG, sharing=replace(FEDSSG.sharing, source=RealImages())),
     "centralised": replace(ADJUSTED, pooled=True),
 }
-# The methods of lesson 04.
-LESSON = tuple(
-    "fedavg fedprox balanced_sampling fedavg+la uniform_shuffle fedssg_no_pretrain fedssg centralised".split()
-)
-PARTS = {
-    part.__name__: part for part in list(globals().values()) if is_dataclass(part) and isinstance(part, type)
-} | strategy.RULES
+LESSON = "fedavg fedprox balanced_sampling fedavg+la uniform_shuffle fedssg_no_pretrain fedssg centralised"
+LESSON = tuple(LESSON.split())  # the methods of lesson 04
+PARTS = {p.__name__: p for p in list(globals().values()) if is_dataclass(p) and isinstance(p, type)}
+PARTS |= strategy.RULES
 
 
 def rebuild(entry):
