@@ -259,8 +259,7 @@ def generate(hospital: Hospital, content: dict, net) -> dict:
     else:
         samples, rejected = synthesise(hospital.data, wanted, k, seed, how, hospital.orientations)
     answer = {"labels": samples.labels, "device": samples.device, "rejected": torch.from_numpy(rejected)}
-    answer |= {"pictures": sharing.packed(samples.images)}
-    return answer | {"seconds": time.thread_time() - began}
+    return answer | {"pictures": sharing.packed(samples.images), "seconds": time.thread_time() - began}
 
 
 def receive(hospital: Hospital, content: dict, net) -> dict:

@@ -221,7 +221,8 @@ def _tick() -> None:
 
 
 def _work(job: bytes, file: Path) -> None:
-    _compute(pickle.loads(job), file, _tick)  # from the parent process; the file is named there, too
+    if not file.exists():  # else somebody else has made it in the meantime
+        _compute(pickle.loads(job), file, _tick)  # from the parent process; the file is named there, too
 
 
 def run_many(jobs: list[Job], out: str = "", workers: int = 2) -> list[Run]:

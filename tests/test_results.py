@@ -145,4 +145,5 @@ def test_speed_has_every_comparison_five_times():
     assert set(count["seconds_per_image_vs_4_clients"].index) == growth
     flower = {(f"flower_simulation{part}", n) for part in ("", "_per_round") for n in (10, 1000)}
     assert {("plain_loop", 10), ("memory_vs_10_clients", 1000)} | flower <= set(count.index)
-    assert {"share_of_matmul_rate", "generator_vs_train"} <= set(table.comparison)
+    pfl = {f"pfl{workers}{part}" for workers in ("", "_one_worker") for part in ("", "_per_round")}
+    assert {"share_of_matmul_rate", "generator_vs_train"} | pfl <= set(table.comparison)
