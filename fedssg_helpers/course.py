@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 import shutil
+import sys
 import tempfile
 from contextlib import contextmanager
 from pathlib import Path
@@ -32,21 +34,31 @@ def lessons(folder: Path = LESSONS, only: list[str] | None = None) -> list[Path]
     """The numbered notebooks of `folder` in order; with `only`, all that start with one of its entries."""
     every = sorted(Path(folder).glob("*.ipynb"))
     found = [path for path in every if path.name.startswith(tuple(only or "0123456789"))]
-    for start in only or [""]:
-        if not any(path.name.startswith(start) for path in found):
-            known = ", ".join(path.stem for path in every)
-            raise CourseError(f"no lesson starts with '{start}' in {folder}; there are: {known}")
+    lost = [
+        start for start in only or () if not (start and any(path.name.startswith(start) for path in every))
+    ]
+    if lost or not found:
+        known = ", ".join(path.stem for path in every)
+        raise CourseError(f"no lesson starts with '{lost[0] if lost else 0}' in {folder}; there are: {known}")
     return found
 
 
-def convert(name: str, text: str, kind: str) -> int | float | bool | str:
-    """The value that `text` means for a parameter of this type; CourseError where it means none."""
+def convert(name: str, text: str, kind: str, about: str = "") -> int | float | bool | str:
+    """The value that `text` means for a parameter of this type; CourseError where it means none.
+
+    What a lesson says `about` the parameter may end in its range: (1 or more), (0 to 0.99), (above 0).
+    """
     readers = {"int": int, "float": float, "bool": {"true": True, "false": False}.__getitem__}
     try:
-        return readers.get(kind, str)(text)
+        value = readers.get(kind, str)(text)
     except (KeyError, ValueError):
         wanted = {"int": "a whole number", "float": "a number", "bool": "true or false"}[kind]
         raise CourseError(f"parameter '{name}' must be {wanted}, not '{text}'") from None
+    if span := re.search(r"\((above )?(-?[\d.]+)(?: or more| to ([\d.]+))?\)$", about):
+        above, low, high = span[1], float(span[2]), float(span[3] or sys.float_info.max)
+        if not low <= value <= high or (above and value == low):
+            raise CourseError(f"parameter '{name}' is {text}; it must be {span[0][1:-1]}")
+    return value
 
 
 def literal(path: Path) -> str:
@@ -59,7 +71,9 @@ def chosen(paths: list[Path], common: dict, given: dict[str, str]) -> dict[Path,
     import papermill
 
     found = {path: papermill.inspect_notebook(literal(path)).values() for path in paths}
-    kinds = {path: {p["name"]: p["inferred_type_name"] for p in cell} for path, cell in found.items()}
+    kinds = {
+        path: {p["name"]: (p["inferred_type_name"], p["help"]) for p in cell} for path, cell in found.items()
+    }
     names = sorted(set().union(*kinds.values()))
     for name in given:
         if name in ("data", "data_dir", "size", "out"):
@@ -68,7 +82,7 @@ def chosen(paths: list[Path], common: dict, given: dict[str, str]) -> dict[Path,
             raise CourseError(f"no lesson has a parameter '{name}'; known here: {', '.join(names)}")
     return {
         path: {name: value for name, value in common.items() if name in own}
-        | {name: convert(name, text, own[name]) for name, text in given.items() if name in own}
+        | {name: convert(name, text, *own[name]) for name, text in given.items() if name in own}
         for path, own in kinds.items()
     }
 

@@ -18,9 +18,9 @@ from fedssg_helpers.__main__ import main
 PARAMETERS = """data: str = "phantom"  # data set
 out: str = ""  # folder
 size: int = 28  # pixels
-seed: int = 0  # first seed
-alpha: float = 0.3  # skew
-rounds: int = 2  # rounds"""
+seed: int = 0  # first seed (0 or more)
+alpha: float = 0.3  # skew (above 0)
+rounds: int = 2  # rounds (1 to 500)"""
 PICTURE = "import matplotlib.pyplot as plt\nplt.plot([1, 2]);"
 SPEC = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
 FOLDED = "<details><summary>Solution</summary>\n\nIt is **7**.\n\n</details>"
@@ -171,7 +171,14 @@ def test_a_fresh_run_clears_only_what_a_run_made(quick, tmp_path):
         ("-p rounds many", "parameter 'rounds' must be a whole number, not 'many'"),
         ("-p data ham10000", "set 'data' with --data"),
         ("--only 07", "no lesson starts with '07' in "),
-        ("-p alpha -1", "alpha is -1.0"),
+        ("--only=", "no lesson starts with '' in "),
+        ("-p alpha -1", "parameter 'alpha' is -1; it must be above 0"),
+        ("-p alpha 0", "parameter 'alpha' is 0; it must be above 0"),
+        ("-p alpha inf", "parameter 'alpha' is inf; it must be above 0"),
+        ("-p alpha nan", "parameter 'alpha' is nan; it must be above 0"),
+        ("-p rounds -3", "parameter 'rounds' is -3; it must be 1 to 500"),
+        ("-p rounds 501", "parameter 'rounds' is 501; it must be 1 to 500"),
+        ("-p seed -1", "parameter 'seed' is -1; it must be 0 or more"),
     ],
 )
 def test_wrong_words_stop_before_anything_runs(folder, tmp_path, capsys, words, said):

@@ -10,8 +10,11 @@ import tomllib
 from pathlib import Path
 
 import nbformat
+import papermill
 import pytest
 import yaml
+
+from fedssg_helpers import course
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -53,6 +56,16 @@ def test_extras_for_later_lessons_are_there():
     assert {"test", "flower", "privacy", "explorer", "pfl"} <= set(extras)
     assert any(line.startswith("ruff") for line in extras["test"])
     assert all("python_version" in line for line in extras["pfl"]), "pfl is published for Python below 3.13"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_numbers_have_their_range_beside_them(path):
+    """So that the command can refuse others before it starts, see `course.convert`."""
+    for name, parameter in papermill.inspect_notebook(str(path)).items():
+        if parameter["inferred_type_name"] in ("int", "float"):
+            course.convert(name, parameter["default"], parameter["inferred_type_name"], parameter["help"])
+            with pytest.raises(course.CourseError, match=f"'{name}' is -9; it must be"):
+                course.convert(name, "-9", parameter["inferred_type_name"], parameter["help"])
 
 
 def test_top_level_holds_nothing_else():
