@@ -3,7 +3,7 @@
     python data/prepare_ham10000.py SOURCE TARGET [SIZE]
 
 SOURCE is the folder with HAM10000_metadata.csv (with its column `dataset`, which names the device) and the
-.jpg images, in it or in folders directly below it. TARGET is the .npz to write, for example ham10000_28.npz.
+images (.jpg, .jpeg or .png, in capitals too), in it or in any folder below it. TARGET is the .npz to write, for example ham10000_28.npz.
 SIZE is the image side in pixels, 28 by default. Loading "ham10000" does the same the first time.
 """
 
@@ -42,7 +42,7 @@ def read_table(table: Path) -> list[dict[str, str]]:
     """The rows of the publisher's table, checked, in the order of the image ids."""
     try:
         text = table.read_text(encoding="utf-8-sig")
-        separator = "\t" if "\t" in text.partition("\n")[0] else ","
+        separator = max("\t;,", key=text.partition("\n")[0].count)
         rows = list(csv.DictReader(text.splitlines(), delimiter=separator))
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{table}: damaged, or not a table of text ({error}). {CURE}") from error
@@ -92,7 +92,8 @@ def prepare(source, target, size: int = 28) -> Path:
     require(SMALLEST <= size <= LARGEST, f"size {size}", f"out of range. Use {SMALLEST} to {LARGEST} pixels.")
     table = find_table(source)
     rows = read_table(table)
-    found = {path.stem: path for pattern in ("*.jpg", "*/*.jpg") for path in source.glob(pattern)}
+    kinds = (".jpg", ".jpeg", ".png")
+    found = {path.stem: path for path in source.rglob("*") if path.suffix.lower() in kinds}
     absent = [f"{row['image_id']}.jpg" for row in rows if row["image_id"] not in found]
     cause = f"{len(absent)} of the {len(rows)} images in {table.name} are missing, {absent[:1]} among them"
     require(not absent, source, f"{cause}. Unpack both image archives into this folder. {CURE}")
@@ -104,18 +105,32 @@ def prepare(source, target, size: int = 28) -> Path:
         device=np.array([row["dataset"] for row in rows]),
         lesion_id=np.array([row["lesion_id"] for row in rows]),
         image_id=np.array([row["image_id"] for row in rows]),
+        table=np.array(digest(table)),
     )
     write(target, arrays)
     return target
 
 
+def digest(table: Path) -> str:
+    """Eight letters and digits that stand for a table's content."""
+    return hashlib.blake2b(table.read_bytes(), digest_size=4).hexdigest()
+
+
+def outdated(target: Path, source: Path) -> bool:
+    """Was the prepared file made from another table than the one that is in `source` now?"""
+    try:
+        with np.load(target, allow_pickle=False) as made:
+            return "table" in made and str(made["table"]) != digest(find_table(source))
+    except Exception:  # no table there, or a damaged file, which whoever reads it will name
+        return False
+
+
 def prepare_once(source: Path, size: int, elsewhere: Path) -> Path:
-    """The prepared file, in `source` or, where that is read-only, in `elsewhere`; made if it is not there."""
+    """The prepared file, in `source` or, where that is read-only, in `elsewhere`; made where it is not there, or old."""
     target = source / f"ham10000_{size}.npz"
-    if not os.access(source, os.W_OK):
-        digest = hashlib.blake2b(find_table(source).read_bytes(), digest_size=4).hexdigest()
-        target = elsewhere / f"ham10000_{size}_{digest}.npz"
-    return target if target.exists() else prepare(source, target, size)
+    if not target.exists() and not os.access(source, os.W_OK):
+        target = elsewhere / f"ham10000_{size}_{digest(find_table(source))}.npz"
+    return target if target.exists() and not outdated(target, source) else prepare(source, target, size)
 
 
 if __name__ == "__main__":

@@ -247,9 +247,7 @@ def _phantom(size: int) -> ImageSet:
 
 def _ham10000(folder: Path, size: int) -> ImageSet:
     """HAM10000 from a ready ``.npz``, else from the publisher's own files (prepared once)."""
-    path = folder / f"ham10000_{size}.npz"
-    if not path.exists():
-        path = runpy.run_path(str(HAM_SCRIPT))["prepare_once"](folder, size, PROJECT_DATA)
+    path = runpy.run_path(str(HAM_SCRIPT))["prepare_once"](folder, size, PROJECT_DATA)
     arrays = read_npz(path, "Prepare it again.")
     need(arrays, ("device", "lesion_id", "class_names"), path)
     licence = "CC BY-NC 4.0 (HAM10000, Tschandl et al. 2018, doi:10.7910/DVN/DBW86T)"

@@ -443,7 +443,7 @@ def publisher(folder, parts=FOLDERS, lesions=24, absent=(), **changes):
     return rows
 
 
-def test_ham10000_is_prepared_once(tmp_path, monkeypatch):
+def test_ham10000_is_prepared_once(tmp_path):
     rows = publisher(tmp_path)
     d = load("ham10000", tmp_path)
     check(d)
@@ -451,9 +451,17 @@ def test_ham10000_is_prepared_once(tmp_path, monkeypatch):
     assert d.classes == HAM["CLASSES"] and "CC BY-NC" in d.licence and len(set(d.group)) == 12
     assert [d.devices[i] for i in d.device] == [row["dataset"] for row in rows]
     assert abs(int(d.images[7, 0, 14, 14]) - 70) < 4
-    monkeypatch.setattr(runpy, "run_path", None)
+    made = (tmp_path / "ham10000_28.npz").stat().st_mtime_ns
     np.testing.assert_array_equal(load("ham10000", tmp_path).images, d.images)
+    assert (tmp_path / "ham10000_28.npz").stat().st_mtime_ns == made
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("tmp")]
+    table = tmp_path / "HAM10000_metadata.csv"
+    table.write_text(
+        table.read_text().replace("HAM_0000001", "HAM_0000000")
+    )  # a corrected table is read again
+    assert len(set(load("ham10000", tmp_path).group)) == 11
+    table.unlink()
+    assert len(set(load("ham10000", tmp_path).group)) == 11
 
 
 def test_a_read_only_folder_falls_back_to_the_projects_own(tmp_path, monkeypatch):
@@ -484,11 +492,21 @@ def test_ham10000_faults(tmp_path):
     assert not list((tmp_path / "d").glob("*.npz"))
 
 
-def test_ham10000_as_served_with_tabs(tmp_path):
+@pytest.mark.parametrize("suffix, separator", [(".tab", "\t"), (".csv", ";"), (".tab", ",")])
+def test_ham10000_with_other_separators(tmp_path, suffix, separator):
     publisher(tmp_path)
     table = tmp_path / "HAM10000_metadata.csv"
-    table.with_suffix(".tab").write_text(table.read_text().replace(",", "\t"))
+    text = table.read_text().replace(",", separator)
     table.unlink()
+    table.with_suffix(suffix).write_text(text)
+    check(load("ham10000", tmp_path))
+
+
+def test_ham10000_with_images_of_other_names_and_depths(tmp_path):
+    publisher(tmp_path, parts=("deep/in/folders", "one"))
+    for path, suffix in zip(sorted(tmp_path.rglob("*.jpg")), (".JPG", ".jpeg", ".png", ".PNG")):
+        Image.open(path).save(path.with_suffix(suffix))
+        path.unlink()
     check(load("ham10000", tmp_path))
 
 
