@@ -34,9 +34,9 @@ course: $(READY)  ## run all lessons on the built-in data; results and pages in 
 
 # A fresh FEDSSG_OUT: no cached run of an earlier day may stand in for a computation under test.
 PYTEST = out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && FEDSSG_OUT="$$out" $(BIN)/python -m pytest -p no:cacheprovider
-# Workers take a file each, in order: lessons stay whole, and slow ones are not left to the end. Three, as much of the
-# time is spent waiting (for Flower, browsers, kernels that start). For one file they would only cost their start.
-SIDE_BY_SIDE = -n 3 --dist loadfile --no-loadscope-reorder
+# Two workers take a file each, in order: lessons stay whole, and slow ones are not left to the end. For one file they
+# would only cost their start.
+SIDE_BY_SIDE = -n 2 --dist loadfile --no-loadscope-reorder
 FILES = $(filter tests% notebooks%,$(TESTS))
 ONE_FILE = $(and $(findstring .,$(FILES)),$(filter 1,$(words $(FILES))))
 LESSONS = --nbval-lax --nbval-current-env --nbval-cell-timeout=$(CELL_TIMEOUT)

@@ -42,7 +42,8 @@ def test_one_device_and_a_class_that_is_missing_everywhere(tmp_path):
 
 
 def test_fewer_images_than_hospitals_is_one_sentence(tmp_path, capsys):
-    file = own_file(tmp_path, images=np.zeros((8, 16, 16), np.uint8), labels=np.arange(8) % 2)
+    images = np.random.default_rng(0).integers(0, 256, (8, 16, 16), dtype=np.uint8)
+    file = own_file(tmp_path, images=images, labels=np.arange(8) % 2)
     assert command.main(["run", "--data", file, "--out", str(tmp_path / "out")]) == 2
     said = capsys.readouterr().err
     assert "hospitals" in said and "Traceback" not in said and len(said.splitlines()) == 1

@@ -107,10 +107,10 @@ def test_one_file_is_tested_without_the_start_of_workers():
         result = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True)
         return result.stdout.splitlines()[-1]
 
-    assert "-n 3" not in command("TESTS=tests/test_keys.py -k one")
-    assert "-n 3" in command() and "--nbval-lax" in command() and command().endswith("tests notebooks")
-    assert "-n 3" in command("TESTS=tests") and "--nbval" not in command("TESTS=tests")
-    assert "-n 3" in command("TESTS=tests/test_keys.py tests/test_data.py")
+    assert "-n 2" not in command("TESTS=tests/test_keys.py -k one")
+    assert "-n 2" in command() and "--nbval-lax" in command() and command().endswith("tests notebooks")
+    assert "-n 2" in command("TESTS=tests") and "--nbval" not in command("TESTS=tests")
+    assert "-n 2" in command("TESTS=tests/test_keys.py tests/test_data.py")
     assert "--nbval-lax" in command("TESTS=notebooks/00_start_here.ipynb")
 
 
