@@ -230,7 +230,7 @@ TABLE = {
     "table of zeros": lambda text, random: bytes(len(text)),
     "only a header": lambda text, random: text.split("\n")[0].encode(),
     "no header": lambda text, random: text.split("\n", 1)[1].encode(),
-    "another separator": lambda text, random: text.replace(",", ";").encode(),
+    "another separator": lambda text, random: text.replace(",", "|").encode(),
     "a quote never closed": lambda text, random: text.replace(",", ',"', 9).encode(),
     "a column renamed": lambda text, random: text.replace(
         ("lesion_id", "image_id", "dx", "dataset")[random.integers(4)], "column", 1
