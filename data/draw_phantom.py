@@ -246,20 +246,17 @@ def draw(label: int, lesion: int, view: int, seed: int = SEED) -> np.ndarray:
     return (np.rint(image.clip(0, 1) * 255 / STEP) * STEP).clip(0, 255).astype(np.uint8)
 
 
-def census(seed: int = SEED) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Class, lesion and view, int (N,), of every image."""
+def draw_all(seed: int = SEED) -> dict[str, np.ndarray]:
+    """The arrays of phantom.npz: images (N, 28, 28, 3) uint8, labels, device, group (N,), class_names
+    (6,)."""
     random = rng(seed, "phantom census")
     kinds = random.permutation(
         np.repeat(np.arange(len(CLASSES)), np.rint(LESIONS * np.array(SHARES)).astype(int))
     )
     views = 1 + random.choice(3, len(kinds), p=VIEWS)
     group = np.repeat(np.arange(len(kinds)), views)
-    return kinds[group], group, np.arange(len(group)) - np.repeat(np.cumsum(views) - views, views)
-
-
-def draw_all(seed: int = SEED) -> dict[str, np.ndarray]:
-    """The arrays of phantom.npz: images (N, 28, 28, 3) uint8, labels, device, group (N,), class_names (6,)."""
-    labels, group, view = census(seed)
+    labels = kinds[group]
+    view = np.arange(len(group)) - np.repeat(np.cumsum(views) - views, views)
     images = np.stack([draw(label, lesion, i, seed) for label, lesion, i in zip(labels, group, view)])
     return dict(
         images=images,

@@ -3,8 +3,9 @@
     python data/prepare_ham10000.py SOURCE TARGET [SIZE]
 
 SOURCE is the folder with HAM10000_metadata.csv (with its column `dataset`, which names the device) and the
-images (.jpg, .jpeg or .png, in capitals too), in it or in any folder below it. TARGET is the .npz to write, for example ham10000_28.npz.
-SIZE is the image side in pixels, 28 by default. Loading "ham10000" does the same the first time.
+images (.jpg, .jpeg or .png, in capitals too), in it or in any folder below it. TARGET is the .npz to write,
+for example ham10000_28.npz. SIZE is the image side in pixels, 28 by default. Loading "ham10000" does the same
+the first time, and again when the table has changed.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import utils
 
-from fedssg_helpers import data, devices, partition
+from fedssg_helpers import data, partition
 from fedssg_helpers.data import DataError, ImageSet, load
 
 N = 60
@@ -312,18 +312,19 @@ def test_phantom(phantom):
         )
 
 
-def test_redrawing_the_phantoms_gives_the_same_images():
-    """All that is known of them, and every tenth image."""
-    script = runpy.run_path(str(data.PROJECT_DATA / "draw_phantom.py"))
-    labels, group, view = script["census"]()
-    with np.load(data.PROJECT_DATA / "phantom.npz", allow_pickle=False) as file:
-        stored = dict(file)
-    assert stored["class_names"].tolist() == list(script["CLASSES"])
-    np.testing.assert_array_equal(stored["labels"], labels)
-    np.testing.assert_array_equal(stored["group"], group)
-    np.testing.assert_array_equal(stored["device"], devices.assign(labels, group, script["SEED"]))
-    for i in range(0, len(labels), 10):
-        np.testing.assert_array_equal(stored["images"][i], script["draw"](labels[i], group[i], view[i]))
+def test_redrawing_the_phantoms_gives_the_same_bytes(tmp_path):
+    again = runpy.run_path(str(data.PROJECT_DATA / "draw_phantom.py"))["draw_all"]()
+    stored = data.PROJECT_DATA / "phantom.npz"
+    with np.load(stored, allow_pickle=False) as file:
+        assert sorted(file.files) == sorted(again)
+        for key in file.files:
+            np.testing.assert_array_equal(file[key], again[key])
+            assert file[key].dtype == again[key].dtype
+    np.savez_compressed(tmp_path / "again.npz", **again)
+    with zipfile.ZipFile(stored) as old, zipfile.ZipFile(tmp_path / "again.npz") as new:
+        packed = [[entry.compress_size for entry in archive.infolist()] for archive in (old, new)]
+    if packed[0] == packed[1]:  # another zlib may pack the same arrays differently
+        assert stored.read_bytes() == (tmp_path / "again.npz").read_bytes()
 
 
 # ---------------------------------------- MedMNIST
