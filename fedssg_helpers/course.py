@@ -34,9 +34,8 @@ def lessons(folder: Path = LESSONS, only: list[str] | None = None) -> list[Path]
     """The numbered notebooks of `folder` in order; with `only`, all that start with one of its entries."""
     every = sorted(Path(folder).glob("*.ipynb"))
     found = [path for path in every if path.name.startswith(tuple(only or "0123456789"))]
-    lost = [
-        start for start in only or () if not (start and any(path.name.startswith(start) for path in every))
-    ]
+    names = [path.name for path in every]
+    lost = [start for start in only or () if not (start and any(name.startswith(start) for name in names))]
     if lost or not found:
         known = ", ".join(path.stem for path in every)
         raise CourseError(f"no lesson starts with '{lost[0] if lost else 0}' in {folder}; there are: {known}")
@@ -175,8 +174,8 @@ def run(
 ):
     """Execute the lessons in order into `out`: notebooks, a page of each, `index.html`, `results.csv`.
 
-    With `resume`, lessons that are done are skipped (`made_from`: digest of data and helpers); else, if all are run, what an earlier run left goes.
-    Raises CourseError at the first cell that fails, after the page of that lesson is written.
+    With `resume`, lessons that are done are skipped (`made_from`: digest of data and helpers); else, if all are run,
+    what an earlier run left goes. Raises CourseError at the first cell that fails, after the page of that lesson is written.
     """
     with alone(out), kernel_here():
         if everything and not resume:
