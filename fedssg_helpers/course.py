@@ -175,7 +175,7 @@ def run(
     """Execute the lessons in order into `out`: notebooks, a page of each, `index.html`, `results.csv`.
 
     With `resume`, lessons that are done are skipped (`made_from`: digest of data and helpers); else, if all are run,
-    what an earlier run left goes. Raises CourseError at the first cell that fails, after the page of that lesson is written.
+    what an earlier run left goes. Raises CourseError at the first cell that fails, once that lesson's page is written.
     """
     with alone(out), kernel_here():
         if everything and not resume:
