@@ -50,8 +50,8 @@ lint: $(READY)  ## style and unused or tangled code (ruff)
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-notebooks: $(READY)  ## run the committed notebooks again, in place
-	$(BIN)/python -m fedssg_helpers refresh $(ARGS)
+notebooks: $(READY)  ## run the committed notebooks again, in place; ARGS=03 for one
+	$(BIN)/python .ci/refresh.py $(ARGS)
 
 # The figures that README and lessons quote; long, and it goes on where it was interrupted. Needs the real data sets.
 results: $(READY)  ## run the benchmarks (A1 to A3) again: data/results/*.csv; long, resumes

@@ -1,4 +1,4 @@
-"""The command line: `python -m fedssg_helpers run | refresh | doctor` (--help explains it)."""
+"""The command line: `python -m fedssg_helpers run | doctor` (--help explains it)."""
 
 from __future__ import annotations
 
@@ -24,8 +24,9 @@ CURES = {
     "disk": "free at least 1 GB",
     "time": INSTALL,
 }
-# `make course` took REFERENCE_MINUTES on two cores, of which each trained 50 batches in REFERENCE_SECONDS.
-REFERENCE_MINUTES, REFERENCE_SECONDS = 12.0, 0.25
+# Seconds of the lessons on two cores that each trained a batch of 32 phantoms in STEP seconds: what they need whatever
+# the data, what grows with the seconds of a batch, and what grows with rounds, seeds and images, too.
+STEP, PHANTOMS, TAKES = 0.0016, 1876, {"00": (0, 0, 0)}
 
 
 def arguments(words: list[str] | None) -> argparse.Namespace:
@@ -33,12 +34,10 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m fedssg_helpers", description="The FedSSG course.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="is this machine ready for class?")
-    refresh = commands.add_parser("refresh", help="run the committed notebooks again, in place")
     run = commands.add_parser("run", help="run the lessons in order; results and pages go to one folder")
-    for command in (run, refresh):
-        command.add_argument("--only", action="append", metavar="03", help="only this lesson (repeatable)")
-        command.add_argument("--lessons", type=Path, default=course.LESSONS, help=argparse.SUPPRESS)
     add = run.add_argument
+    add("--only", action="append", metavar="03", help="only this lesson (repeatable)")
+    add("--lessons", type=Path, default=course.LESSONS, help=argparse.SUPPRESS)
     add("--data", default="phantom", help="phantom (built in), ham10000, a MedMNIST name, or your own .npz")
     add("--data-dir", metavar="DIR", help="folder with the data files (default: $FEDSSG_DATA, else data/)")
     add("--size", type=int, default=28, metavar="PIXELS", help="side of an image (default: 28)")
@@ -47,6 +46,35 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     add("--out", type=Path, metavar="DIR", help="where results go (default: out/run-DATA-PROFILE)")
     add("--resume", action="store_true", help="skip the lessons that an earlier run finished")
     return parser.parse_args(words)
+
+
+def step_seconds(channels: int, size: int) -> float:
+    """Seconds in which one core, now, trains on a batch of 32 images."""
+    import torch
+
+    from .keys import one_thread
+    from .models import SmallCNN
+
+    with one_thread():  # as the lessons do
+        net, batch = SmallCNN(channels, classes=7), torch.rand(32, channels, size, size)
+        return min(timeit.repeat(lambda: net(batch).sum().backward(), number=20, repeat=5)) / 20
+
+
+def seconds_of(
+    parameters: dict[Path, dict], images: int = PHANTOMS, channels: int = 3, size: int = 28
+) -> float:
+    """What these lessons will take here, for so many images: an estimate from one measured step."""
+    seconds, slow = 0.0, step_seconds(channels, size) / STEP
+    for path, own in parameters.items():
+        fixed, steps, runs = TAKES.get(path.name[:2], (0, 0, 0))
+        many = own.get("rounds", 15) / 15 * own.get("seeds", 3) / 3 * images / PHANTOMS
+        seconds += fixed + slow * (steps + runs * many)
+    return seconds * 2 / min(cores(), 2)
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def run(options: argparse.Namespace) -> None:
@@ -64,6 +92,7 @@ def run(options: argparse.Namespace) -> None:
     paths = course.lessons(options.lessons, options.only)
     common = {"data": name, "data_dir": folder, "size": options.size, "out": str(out)}
     parameters = course.chosen(paths, common | course.PROFILES[options.profile], dict(options.p or ()))
+    start = time.perf_counter()
     try:
         images = runs.images_of(name, folder, options.size)
         for own in parameters.values():  # impossible values (alpha <= 0, too many hospitals) fail here
@@ -71,6 +100,12 @@ def run(options: argparse.Namespace) -> None:
             partition.federate(images, own.get("seed", 0), **known)
     except ValueError as error:
         raise course.CourseError(str(error)) from None
+    loading = (time.perf_counter() - start) * len(paths)  # every lesson does it again
+    known = len(images), *images.images.shape[1:3]
+    fewer = {path: own | {"rounds": 5} for path, own in parameters.items()}
+    about, less = (max(1, round((loading + seconds_of(p, *known)) / 60)) for p in (parameters, fewer))
+    cheaper = f"; -p rounds 5 makes it {less}" if less < about > 15 else ""
+    print(f"About {about} minute{'s' * (about > 1)} on this machine{cheaper}.", flush=True)
     start = time.perf_counter()
     made_from = runs.data_digest(name, folder, options.size)[:16] + runs.code_digest()[:16]
     course.run(paths, parameters, out, made_from, options.resume, everything=not options.only)
@@ -100,16 +135,8 @@ def check(what: str) -> tuple[bool, str]:
             free = shutil.disk_usage(course.ROOT).free / 1e9
             return free >= 1, f"{free:.0f} GB free"
         case "time":
-            import torch
-
-            from .models import SmallCNN
-
-            torch.set_num_threads(1)  # as the lessons do
-            net, images = SmallCNN(channels=3, classes=7), torch.rand(32, 3, 28, 28)
-            seconds = min(timeit.repeat(lambda: net(images).sum().backward(), number=50, repeat=3))
-            cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-            minutes = REFERENCE_MINUTES * seconds / REFERENCE_SECONDS * 2 / min(cores, 2)
-            return True, f"'make course' takes about {max(1, round(minutes))} min here, on {cores} cores"
+            took = seconds_of(dict.fromkeys(course.lessons(), {})) / 60
+            return True, f"'make course' takes about {took:.0f} min here, on {cores()} cores"
     from packaging.requirements import Requirement
 
     version = metadata.version(Requirement(what).name)
@@ -139,8 +166,6 @@ def main(words: list[str] | None = None) -> int:
     try:
         if options.command == "run":
             run(options)
-        elif options.command == "refresh":
-            course.refresh(course.lessons(options.lessons, options.only))
         else:
             doctor()
         return 0

@@ -120,24 +120,12 @@ def train_local(
 ) -> torch.Tensor:
     """Local training: `steps` of SGD with momentum from the weights `start` (P,); returns the new weights (P,).
 
-    Parameters
-    ----------
-    net : SmallCNN
-        Scratch space: its weights are overwritten, so that many hospitals can use one network in turn.
-    images, labels : uint8 tensor (N, C, H, W), int64 tensor (N,)
-        The first `own` images are the hospital's, the others received.
-    steps, batch : int
-        Number of gradient steps, and images per step (all N where there are fewer).
-    random : numpy Generator
-        Draws the batches and their orientations.
-    progress : float, 0..1
-        How much of the run is over, for `method.batches`.
-    correction, styles
-        For `method.gradient`, float32 (P,), and `method.view`, float32 (D, 2, C).
-    orientations : list of int
-        The `models.plausible_orientations` of the images, where they are known already.
-
-    A ValueError where there are no images, or a label out of range.
+    `net` is scratch space: its weights are overwritten, so that many hospitals can use one network in turn. Of the
+    `images`, uint8 (N, C, H, W), and `labels`, int64 (N,), the first `own` are the hospital's, the others received. A
+    step takes `batch` images (all N where there are fewer); `random` draws them and their orientation, one of
+    `orientations` (None: the `models.plausible_orientations` of the images). `progress`, 0..1, says how much of the run
+    is over, for `method.batches`; `correction`, float32 (P,), is for `method.gradient`, `styles`, float32 (D, 2, C), for
+    `method.view`. A ValueError where there are no images, or a label out of range.
     """
     require(len(labels) > 0, "the number of images to train on", 0, "at least 1")
     classes, (low, high) = net.head.out_features, (int(labels.min()), int(labels.max()))

@@ -1,13 +1,11 @@
-"""Runs the lessons through papermill: in order into a folder of results, or in place for the repository."""
+"""Runs the lessons through papermill: in order, into a folder of results."""
 
 from __future__ import annotations
 
-import base64
 import os
 import re
 import shutil
 import sys
-import tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
@@ -19,7 +17,6 @@ TEMPLATES = str(Path(__file__).with_name("templates"))
 PROFILES = {"quick": {}, "full": {"rounds": 40, "seeds": 3}}
 LOCK = ".lock"  # marks an output folder as one of ours; held by the run that is writing to it
 ADDED = {"injected-parameters", "papermill-error-cell-tag"}  # tags of the cells that papermill adds
-KERNEL = {"name": "python3", "display_name": "Python 3 (ipykernel)", "language": "python"}
 
 
 class CourseError(Exception):
@@ -33,6 +30,8 @@ class CourseError(Exception):
 def lessons(folder: Path = LESSONS, only: list[str] | None = None) -> list[Path]:
     """The numbered notebooks of `folder` in order; with `only`, all that start with one of its entries."""
     every = sorted(Path(folder).glob("*.ipynb"))
+    if not every:
+        raise CourseError(f"no lessons in {folder}: get a clone of the course, and pip install -e . there")
     found = [path for path in every if path.name.startswith(tuple(only or "0123456789"))]
     names = [path.name for path in every]
     lost = [start for start in only or () if not (start and any(name.startswith(start) for name in names))]
@@ -201,33 +200,6 @@ def run(
             save_text(out / "index.html", overview(out))
             if failure:
                 raise failure
-
-
-def refresh(paths: list[Path]) -> None:
-    """Execute the committed lessons (built-in data, own defaults); rewrite them, with headline pictures."""
-    # Results are cached in a fresh folder: nothing old is shown. A lesson that fails is left untouched.
-    with tempfile.TemporaryDirectory() as folder, kernel_here(FEDSSG_OUT=folder, FEDSSG_DATA=""):
-        for path in paths:
-            execute(path, Path(folder, path.name), {}, path.stem)
-            notebook = stripped(read(Path(folder, path.name)))
-            write(notebook, path)
-            (path.parent / "images").mkdir(exist_ok=True)
-            if png := headline(notebook):
-                (path.parent / "images" / f"{path.stem}.png").write_bytes(base64.b64decode(png))
-
-
-def stripped(notebook):
-    """The executed notebook without what changes from run to run: widgets, times, stderr, versions."""
-    language = notebook.metadata.get("language_info", {"name": "python"})
-    language.pop("version", None)
-    notebook.metadata = {"kernelspec": KERNEL, "language_info": language}
-    for cell in notebook.cells:
-        for name in ("papermill", "execution", "ExecuteTime"):
-            cell.metadata.pop(name, None)
-        if cell.cell_type == "code":
-            kept = [output for output in cell.outputs if output.get("name") != "stderr"]
-            cell.outputs = [output for output in kept if "widget" not in "".join(output.get("data", ""))]
-    return notebook
 
 
 def save_text(path: Path, text: str) -> None:

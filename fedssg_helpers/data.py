@@ -67,16 +67,10 @@ def data_folder(folder=None) -> Path:
 def load(name="phantom", folder=None, size: int = 28) -> ImageSet:
     """Load a data set by name, checked; a `DataError` for anything that is missing, damaged or out of range.
 
-    Parameters
-    ----------
-    name : str or Path
-        ``"phantom"`` (built in), ``"ham10000"``, a MedMNIST name such as ``"dermamnist"``, or a path that
-        ends in ``.npz`` (as it is, else inside the data folder).
-    folder : str or Path, optional
-        The data folder; see `data_folder`. The phantoms always come from the project's own data/.
-    size : int
-        Image side in pixels: 28, 64 or 128 for MedMNIST, 16 to 128 for HAM10000, 28 for the phantoms. Your
-        own images have one size: the default takes any, another number must be theirs.
+    `name`: ``"phantom"`` (built in, always from the project's own data/), ``"ham10000"``, a MedMNIST name such as
+    ``"dermamnist"``, or a path that ends in ``.npz`` (as it is, else inside the data folder). `folder`: the data folder,
+    see `data_folder`. `size`: image side in pixels, 28, 64 or 128 for MedMNIST, 16 to 128 for HAM10000, 28 for the
+    phantoms; your own images have one size: 28 takes any, another number must be theirs.
     """
     name, folder = str(name), data_folder(folder)
     if name == "phantom":
@@ -241,7 +235,8 @@ def _phantom(size: int) -> ImageSet:
     """The drawn phantoms: the file holds clean drawings (they pack well)."""
     path, licence = PROJECT_DATA / "phantom.npz", "as the project's own code (drawn by data/draw_phantom.py)"
     require(size == 28, path, f"size is {size}, but the phantoms are built in at 28 only. Give size 28.")
-    clean = _image_set(read_npz(path, "Get it from the project again."), path, size)
+    cure = "The course runs from a clone: get one, and pip install -e . there (not: pip install .)."
+    clean = _image_set(read_npz(path, cure), path, size)
     return _simulated(clean, clean.device, licence=licence)
 
 

@@ -17,14 +17,8 @@ class SmallCNN(nn.Module):
     All parameters are views into one vector ``weights`` (P,) and their gradients into ``grad`` (P,): a federated
     algorithm is then a line of vector arithmetic, and sending a model is sending one vector.
 
-    Parameters
-    ----------
-    channels, classes : int
-        1 (grey) or 3 (colour); number of classes, at least 2.
-    seed : int
-        Equal seeds give equal initial weights, on every machine.
-    compute : str
-        The PyTorch device to compute on, for example "cpu" or "cuda".
+    `channels`: 1 (grey) or 3 (colour). `classes`: at least 2. Equal seeds give equal first weights, on every machine.
+    `compute`: the PyTorch device to compute on, for example "cuda".
     """
 
     def __init__(self, channels: int, classes: int, seed: int = 0, compute: str = "cpu"):

@@ -104,14 +104,6 @@ def _cover(held: np.ndarray, group, labels, device, order: np.ndarray) -> np.nda
     return held
 
 
-def counts(images: ImageSet, parts: list[np.ndarray]) -> np.ndarray:
-    """Images per hospital, class and device: int64 (K, C, D)."""
-    have = np.zeros((len(parts), len(images.classes), len(images.devices)), np.int64)
-    for k, part in enumerate(parts):
-        np.add.at(have[k], (images.labels[part], images.device[part]), 1)
-    return have
-
-
 def divergence(have: np.ndarray, axis: int) -> float:
     """Mean total variation distance, 0..1, of the hospitals' mixes from the mix of all images.
 

@@ -4,13 +4,16 @@ import inspect
 import io
 import re
 import textwrap
+import warnings
 import zlib
+from functools import lru_cache
 
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
 from IPython import get_ipython
 from IPython.display import Code
+from matplotlib import font_manager
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
@@ -34,11 +37,17 @@ _PALETTE = sns.color_palette("colorblind")
 METHOD_COLOURS = {m: sns.set_hls_values(_PALETTE[h], l=l) for h, ms in _HUES.items() for m, l in ms.items()}
 # For methods of your own: those of Paul Tol's colours that are far from the ones above.
 _OTHERS = "#332288 #117733 #882255 #999933 #CC6677 #DDCC77 #EE3377".split()
+# Fonts with Chinese and Japanese characters, of Linux, macOS and Windows.
+WIDER_FONTS = """Noto Sans CJK JP, Noto Sans CJK SC, Noto Sans JP, Noto Sans SC, WenQuanYi Zen Hei, IPAGothic, Hiragino Sans,
+PingFang HK, Heiti TC, Arial Unicode MS, Microsoft YaHei, SimHei, Yu Gothic, MS Gothic"""
 
 
 def theme() -> None:
     """Set the one look of all figures; the first thing that a lesson does after its imports."""
+    installed = [font for font in re.split(r",\s", WIDER_FONTS) if font in font_manager.get_font_names()]
     own = {"figure.dpi": 100, "figure.constrained_layout.use": True, "axes.titlesize": "medium"}
+    own |= {"font.family": ["sans-serif", *installed]}
+    warnings.filterwarnings("ignore", "Glyph .* missing")  # `short` says it once, with a cure
     sns.set_theme(context="notebook", style="whitegrid", palette="colorblind", rc=own)
 
 
@@ -53,8 +62,24 @@ def device_colours(devices) -> dict[str, tuple]:
 
 
 def short(names, most: int = 14) -> list[str]:
-    """Names cut to `most` characters, for axes: some data sets name a class in half a sentence."""
-    return [name if len(name) <= most else name[: most - 1].rstrip() + "…" for name in names]
+    """Names of classes and devices for figures, cut to `most` characters: some data sets name a class in half a sentence.
+
+    A dollar sign, which would begin a formula, is escaped. A warning names characters that no installed font has.
+    """
+    names = [name.replace(r"\$", "$") for name in names]
+    if lacking := _not_drawn("".join(names), tuple(plt.rcParams["font.family"])):
+        cure = "install the font Noto Sans CJK, or use other names"
+        warnings.warn(f"no font of this machine has {lacking!r}: {cure}", stacklevel=2)
+    names = [name if len(name) <= most else name[: most - 1].rstrip() + "…" for name in names]
+    return [name.replace("$", r"\$") for name in names]
+
+
+@lru_cache(maxsize=8)
+def _not_drawn(text: str, families: tuple[str, ...]) -> str:
+    """Characters of a text that none of these fonts can draw."""
+    fonts = [font_manager.get_font(font_manager.findfont(family)) for family in families]
+    wanted = sorted(set(filter(str.isprintable, text)))
+    return "".join(c for c in wanted if not any(font.get_char_index(ord(c)) for font in fonts))
 
 
 def show_source(*things) -> Code:
@@ -175,8 +200,9 @@ def holdings(axis, have, classes, devices, title: str = "", most: int = 0) -> No
 
 def device_legend(figure: Figure, devices) -> None:
     """One legend of device colours above a figure's axes."""
-    patches = [plt.Rectangle((0, 0), 1, 1, color=c, label=n) for n, c in device_colours(devices).items()]
-    figure.legend(handles=patches, loc="outside upper center", ncols=min(len(devices), 6), frameon=False)
+    patches = [plt.Rectangle((0, 0), 1, 1, color=c) for c in device_colours(devices).values()]
+    look = {"loc": "outside upper center", "ncols": min(len(devices), 6), "frameon": False}
+    figure.legend(patches, short(devices, 40), **look)
 
 
 def png(figure: Figure) -> bytes:

@@ -243,10 +243,13 @@ def audit_card(clients, outside, shared: server.Shared, *, groups=None, seed=0, 
         "samples rejected at the source": int(shared.rejected.sum()),
         "smallest cell shared": f"{behind.min(initial=have.max())} real images",
         f"cells below {SMALL} images": int((behind < SMALL).sum()),
-        "nearest-image ratio": f"{pairs(clients, outside, pool, seed).ratio.median():.2f} (1: unseen images are as near)",
     }
-    found = attack_summary(membership(clients, outside, pool, groups=groups, seed=seed))
-    card |= {f"attack by {name}": f"{value:.3f}" for name, value in found.items()}
+    ratio = pairs(clients, outside, pool, seed).ratio.median()
+    found = {"nearest-image ratio (1: unseen images are as near)": ratio}
+    attacks = attack_summary(membership(clients, outside, pool, groups=groups, seed=seed))
+    found |= {f"attack by {name}": value for name, value in attacks.items()}
+    none = "not measured: too few images"
+    card |= {name: none if np.isnan(value) else f"{value:.3f}" for name, value in found.items()}
     guarantee = "none: no differential privacy" if np.isinf(epsilon) else f"epsilon = {epsilon:.1f}"
     return pd.Series(card | {"formal guarantee": guarantee})
 
@@ -285,6 +288,9 @@ def trials(jobs: list[runs.Job], ways: dict[str, Sharing], workers=2, steps=200,
     """
     places = [(name, job.seed) for name in ways for job in jobs]
     work = [cloudpickle.dumps((job, how, steps, most)) for how in ways.values() for job in jobs]
-    with ProcessPoolExecutor(workers, runs.processes()) as pool:
-        found = list(pool.map(_trial, work))
+    if (workers := runs.possible(workers)) == 1:
+        found = list(map(_trial, work))
+    else:
+        with ProcessPoolExecutor(workers, runs.processes()) as pool:
+            found = list(pool.map(_trial, work))
     return pd.DataFrame(found, index=pd.MultiIndex.from_tuples(places, names=["setting", "seed"]))

@@ -15,8 +15,10 @@ import multiprocessing
 import os
 import pickle
 import threading
+import warnings
 from concurrent.futures import ProcessPoolExecutor, wait
 from dataclasses import dataclass, replace
+from multiprocessing.connection import Listener
 from pathlib import Path
 
 import cloudpickle
@@ -52,8 +54,11 @@ class Job:
 
 
 def out_folder(out: str = "") -> Path:
-    """Where runs and results go: the argument, else the environment variable FEDSSG_OUT, else the project's out/."""
-    project = Path(__file__).resolve().parent.parent
+    """Where runs and results go: the argument, else the environment variable FEDSSG_OUT, else out/ of the clone.
+
+    Installed without a clone it is out/ of the current folder.
+    """
+    project = sources.PROJECT_DATA.parent if sources.PROJECT_DATA.is_dir() else Path.cwd()
     folder = Path(out or os.environ.get("FEDSSG_OUT") or project / "out")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
@@ -204,6 +209,20 @@ def processes():
     return context
 
 
+def possible(workers: int) -> int:
+    """So many worker processes; 1, with a warning, where this machine cannot start any."""
+    try:
+        multiprocessing.get_context("spawn").Lock()  # needs /dev/shm
+        Listener().close()  # needs a short name for a socket
+    except (ImportError, OSError) as error:
+        cause = (
+            f"this machine cannot start worker processes ({error}): is there a /dev/shm, and is TMPDIR short?"
+        )
+        warnings.warn(f"{cause} All is computed in one process, slower, with the same numbers.", stacklevel=3)
+        return 1
+    return workers
+
+
 def _start(counter) -> None:
     global _counter
     _counter = counter
@@ -238,10 +257,10 @@ def run_many(jobs: list[Job], out: str = "", workers: int = 2) -> list[Run]:
     todo = {file: replace(job, recipe=recipe(job)) for job, file in zip(jobs, files) if not file.exists()}
     total = sum(job.rounds for job in todo.values())
     with tqdm(total=total, unit="round", leave=False, disable=not todo) as bar:
-        if workers == 1 or len(todo) == 1:
+        if workers == 1 or len(todo) < 2 or possible(workers) == 1:
             for file, job in todo.items():  # in this process, with hospitals side by side
                 _compute(job, file, bar.update, workers)
-        elif todo:
+        else:
             _side_by_side(todo, min(workers, len(todo)), bar)
     return [restore(file, file.stem) for file in files]
 

@@ -254,23 +254,13 @@ def in_process(federation, method, seed, workers=1, tamper=None, compute="cpu") 
 def run(federation, method, seed, *, workers=1, tamper=None, compute="cpu", **settings) -> Run:
     """One federated training: share once, pre-train once, then `rounds` of local training and averaging.
 
-    Parameters
-    ----------
-    rounds, epochs : int, >= 1
-        Rounds, and passes over its real images that a hospital makes in a round (1).
-    workers : int, >= 1
-        Hospitals that compute side by side, on a thread each; the result is the same to the last bit.
-    after_round : callable (round number, Run so far)
-        Called before the first round, with 0, and after every round; may raise `Stop`.
-    go_on : Run
-        The same run as it was after some round, to go on from there, bit for bit. What was shared is made again.
-    faults, tamper
-        `client.Faults` says how often hospitals drop out; for `tamper` see `Threads`.
-    compute : str
-        Where PyTorch computes, such as "cuda".
-
-    A ValueError for a parameter out of range, a hospital without images, a `go_on` of another run, or a round in
-    which every update was refused (as when training diverges).
+    `rounds` and `epochs` (passes over its real images that a hospital makes in a round), int >= 1. `workers`, int >= 1:
+    hospitals that compute side by side, on a thread each; the result is the same to the last bit. `compute`: where
+    PyTorch computes, such as "cuda". `faults`: how often hospitals drop out (`client.Faults`); `tamper`: see `Threads`.
+    ``after_round(round number, Run so far)`` is called before the first round, with 0, and after every round; it may
+    raise `Stop`. `go_on` is the same run as it was after some round, to go on from there, bit for bit; what was shared
+    is made again. A ValueError for a parameter out of range, a hospital without images, a `go_on` of another run, or a
+    round in which every update was refused (as when training diverges).
     """
     with in_process(federation, method, seed, workers, tamper, compute) as channel:
         return serve(channel, len(channel.hospitals), method, seed, **settings)

@@ -90,11 +90,6 @@ def reports(clients: list[Client], classes: int, devices: int) -> np.ndarray:
     return torch.stack(cells).view(len(clients), classes, devices).numpy()
 
 
-def coverage(have: np.ndarray) -> np.ndarray:
-    """The coverage matrix N, int64 (C, D), of the federation, from the reports (K, C, D)."""
-    return have.sum(0)
-
-
 def credible(have: np.ndarray, budget: Budget = Budget()) -> np.ndarray:
     """The reports (K, C, D) without what nobody generates: cells below ``budget.minimum``, silent hospitals."""
     silent = list(budget.silent)
@@ -195,12 +190,8 @@ def plan(have: np.ndarray, rule=class_and_device, budget: Budget = Budget()) -> 
     Sources share the work for a cell in proportion to (their images of it) ** power. As one sample may go to several
     hospitals, a source uploads what the neediest *other* hospital takes from it, not the sum over hospitals.
 
-    Parameters
-    ----------
-    have : int array (K, C, D), >= 0
-        The reports.
-    rule : callable
-        ``rule(have, budget)`` returns wishes (K, C, D), numbers >= 0: one of `RULES`, or your own function.
+    `have`, int (K, C, D), >= 0, are the reports. ``rule(have, budget)`` returns wishes (K, C, D), numbers >= 0: one of
+    `RULES`, or your own function.
     """
     have = np.asarray(have)
     counts = have.ndim == 3 and len(have) and np.issubdtype(have.dtype, np.integer) and (have >= 0).all()

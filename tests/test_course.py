@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
+import re
+import runpy
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
+from fedssg_helpers import __main__ as command
 from fedssg_helpers import course, data, runs
 from fedssg_helpers.__main__ import main
 
 PARAMETERS = """data: str = "phantom"  # data set
+data_dir: str = ""  # its folder
 out: str = ""  # folder
 size: int = 28  # pixels
 seed: int = 0  # first seed (0 or more)
@@ -91,7 +99,7 @@ def test_a_run_with_a_failing_cell_and_its_resumption(folder, tmp_path, monkeypa
     (foreign / "kernel.json").write_text(json.dumps(spec))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "foreign"))
     monkeypatch.setenv("MPLBACKEND", "agg")
-    (folder / "dot.png").write_bytes(course.base64.b64decode(PNG))
+    (folder / "dot.png").write_bytes(base64.b64decode(PNG))
     (folder / "broken").touch()
     out = tmp_path / "out {data} {"
     words = ["-p", "rounds", "7", "-p", "alpha", "1"]
@@ -112,7 +120,14 @@ def test_a_run_with_a_failing_cell_and_its_resumption(folder, tmp_path, monkeypa
     made = {"00_first.html", "01_second.html", "index.html", "results.csv", "notebooks", course.LOCK}
     assert {path.name for path in out.iterdir()} == made
     ran = nbformat.read(out / "notebooks" / "00_first.ipynb", as_version=4).metadata.papermill
-    assert ran.parameters == {"data": "phantom", "out": str(out), "size": 28, "rounds": 7, "alpha": 1.0}
+    assert ran.parameters == {
+        "data": "phantom",
+        "data_dir": "",
+        "out": str(out),
+        "size": 28,
+        "rounds": 7,
+        "alpha": 1.0,
+    }
 
     index = (out / "index.html").read_text()
     assert "stopped at an error" not in index and index.count("data:image/png;base64,") == 2
@@ -223,6 +238,28 @@ def test_keyboard_stop_says_how_to_go_on(folder, tmp_path, monkeypatch, capsys):
     assert "--resume" in capsys.readouterr().err
 
 
+def test_after_a_keyboard_stop_nothing_more_is_said(folder, tmp_path):
+    """As in a terminal: the signal reaches all processes of the group, in the middle of a comparison."""
+    code = """
+from fedssg_helpers import runs
+from pathlib import Path
+Path('at_work').touch()
+runs.run_many([runs.Job('fedavg', s, 500) for s in (0, 1)], out)
+"""
+    write(folder / "00_first.ipynb", code)
+    words = ["run", "--lessons", str(folder), "--out", str(tmp_path / "out"), "--only", "00"]
+    command = [sys.executable, "-m", "fedssg_helpers", *words]
+    known = {"cwd": course.ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    process = subprocess.Popen(command, start_new_session=True, **known)
+    while not list((tmp_path / "out").glob("cache/*.state.npz")):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode == 130 and "Traceback" not in said
+    assert said.split("Stopped.")[1].strip().endswith("--resume.") and len(said.split("Stopped.")[1]) < 100
+
+
 def test_an_appendix_runs_only_where_it_is_named(folder):
     write(folder / "A1_more.ipynb", PICTURE)
     assert [path.stem for path in course.lessons(folder)] == ["00_first", "01_second"]
@@ -250,19 +287,20 @@ def test_refresh_rewrites_in_place_without_traces(folder, monkeypatch):
     fresh = "import os\nassert os.path.isdir(os.environ['FEDSSG_OUT']) and not os.environ['FEDSSG_DATA']"
     path = folder / "00_first.ipynb"
     write(path, noisy, fresh, "", PICTURE)
-    words = ["refresh", "--lessons", str(folder), "--only", "00"]
-    assert main(words) == 0
+    refresh = runpy.run_path(str(course.ROOT / ".ci" / "refresh.py"))["refresh"]
+    refresh([path])
     notebook = nbformat.read(path, as_version=4)
     assert set(notebook.metadata) == {"kernelspec", "language_info"}
     assert [cell.id for cell in notebook.cells] == [f"00_first-{n}" for n in range(6)]
     assert [cell.get("execution_count") for cell in notebook.cells] == [None, 1, 2, 3, None, 4]
     assert [output.get("text") for output in notebook.cells[2].outputs] == ["numbers\n"]
     assert notebook.cells[5].metadata == {"tags": ["headline"]}
-    picture = course.base64.b64encode((folder / "images" / "00_first.png").read_bytes()).decode()
+    picture = base64.b64encode((folder / "images" / "00_first.png").read_bytes()).decode()
     assert picture == course.headline(notebook)
     before = path.read_bytes()
     monkeypatch.setattr(course, "execute", lambda *a: (_ for _ in ()).throw(course.CourseError("no", 1)))
-    assert main(words) == 1
+    with pytest.raises(course.CourseError):
+        refresh([path])
     assert path.read_bytes() == before
 
 
@@ -275,7 +313,7 @@ def test_stripped():
         new_output("execute_result", {"text/plain": "7"}, execution_count=1),
     ]
     notebook = new_notebook(cells=[cell], metadata={"widgets": {"state": {}}, "papermill": {}})
-    committed = course.stripped(notebook)
+    committed = runpy.run_path(str(course.ROOT / ".ci" / "refresh.py"))["stripped"](notebook)
     assert [output.data for output in committed.cells[0].outputs] == [{"text/plain": "7"}]
     assert committed.cells[0].metadata == {"tags": ["headline"]}
     assert set(committed.metadata) == {"kernelspec", "language_info"}
@@ -318,3 +356,48 @@ def test_two_files_of_one_name_write_to_two_folders(folder, tmp_path, monkeypatc
         (tmp_path / place / "images.npz").touch()
         assert main(["run", "--lessons", str(folder), "--data", str(tmp_path / place / "images.npz")]) == 0
     assert outs[0] == outs[2] != outs[1] and outs[0].name.startswith("run-images-")
+
+
+def test_a_relative_name_is_looked_up_in_the_data_folder(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    images = np.random.default_rng(0).integers(0, 255, (40, 28, 28), dtype=np.uint8)
+    np.savez(tmp_path / "own" / "x.npz", images=images, labels=np.arange(40) % 2)
+    write(
+        folder / "00_first.ipynb",
+        "from fedssg_helpers import runs\nassert len(runs.images_of(data, data_dir)) == 40",
+    )
+    words = ["--only", "00", "--data", "x.npz"]
+    assert start(folder, tmp_path / "out", *words) == 2
+    assert "no such file" in capsys.readouterr().err
+    assert start(folder, tmp_path / "out", *words, "--data-dir", "own") == 0
+
+
+def test_the_time_is_said_beforehand(quick, tmp_path, capsys, monkeypatch):
+    for name in ("00_first", "01_second"):
+        (quick / f"{name}.ipynb").rename(quick / f"{name.replace('01', '04')}.ipynb")
+    assert start(quick, tmp_path / "out") == 0
+    said = capsys.readouterr().out
+    assert re.match(r"About \d+ minutes? on this machine\.\n", said), "before anything else"
+    monkeypatch.setattr(command, "step_seconds", lambda channels, size: 30 * command.STEP)
+    assert start(quick, tmp_path / "out", "-p", "rounds", "30") == 0
+    long, short = map(
+        int, re.match(r"About (\d+) .*; -p rounds 5 makes it (\d+)\.", capsys.readouterr().out).groups()
+    )
+    assert 15 < short < long / 3
+
+
+def test_the_estimate_follows_what_takes_time(monkeypatch):
+    monkeypatch.setattr(command, "step_seconds", lambda channels, size: command.STEP * (size / 28) ** 2)
+    every = dict.fromkeys(course.lessons(), {})
+    plain = command.seconds_of(every)
+    assert 200 < plain < 600, "of the quick profile"
+    assert set(command.TAKES) == {path.name[:2] for path in every}, "each lesson has its place"
+    longer = {path: {"rounds": 40, "seeds": 3} for path in every}
+    assert command.seconds_of(longer) > 1.3 * plain
+    assert (
+        command.seconds_of(every, images=20_000) > 2 * plain
+        and command.seconds_of(every, size=64) > 2 * plain
+    )
+    assert command.seconds_of(dict(list(every.items())[:1])) < plain / 3

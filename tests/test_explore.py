@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -403,3 +404,36 @@ def test_explorer_page(monkeypatch):
     want, offer = known["agreed"](0.3, rules[-1])
     calm, wild = (known["received"](0.3, want, offer, 2, t).float() for t in (0.0, 2.0))
     assert calm.shape == wild.shape and calm.shape[0] > 10 and wild.std() > calm.std()
+
+
+@pytest.mark.parametrize("name", [r"$\frac{$", "$5 or $10", "a_b^c{", r"back\slash", r"\$", "%s {x} <b>&"])
+def test_names_are_drawn_as_they_are(name):
+    figure, axis = plt.subplots()
+    have = np.ones((2, 2, 2), int)
+    plots.holdings(axis, have, [name, "b"], [name, "d"])
+    plots.device_legend(figure, [name, "d"])
+    plots.png(figure)
+    said = [text.get_text() for text in [*axis.get_xticklabels(), *figure.legends[0].get_texts()]]
+    assert [text.replace(r"\$", "$") for text in said] == [name.replace(r"\$", "$"), "b"] + [
+        name.replace(r"\$", "$"),
+        "d",
+    ]
+    assert plots.short(plots.short([name])) == plots.short([name])
+
+
+def test_characters_without_a_font_are_named():
+    plots.theme()
+    with pytest.warns(UserWarning, match="Noto Sans CJK"):
+        plots.short(["fine", "\U00012000"])  # cuneiform
+    with warnings.catch_warnings(action="error"):
+        plots.short(["fine", "é", "Ω", "–"])
+
+
+def test_a_font_with_wider_characters_is_used_where_it_is_installed(monkeypatch):
+    monkeypatch.setattr(
+        plots.font_manager, "get_font_names", lambda: ["DejaVu Sans", "SimHei", "Arial Unicode MS"]
+    )
+    monkeypatch.setattr(plots.sns, "set_theme", lambda **given: used.update(given["rc"]))
+    used = {}
+    plots.theme()
+    assert used["font.family"] == ["sans-serif", "Arial Unicode MS", "SimHei"]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import shutil
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -163,3 +165,26 @@ def test_lesson_is_committed_executed(path):
     assert tags.count("parameters") == 1 and tags.count("headline") == 1
     headline = next(cell for cell in cells if "headline" in cell.metadata.get("tags", []))
     assert any("image/png" in output.get("data", {}) for output in headline.outputs)
+
+
+def test_without_a_clone_the_cure_is_named_and_results_stay_outside(tmp_path):
+    shutil.copytree(ROOT / "fedssg_helpers", tmp_path / "site-packages" / "fedssg_helpers")
+    (tmp_path / "here").mkdir()
+    code = """
+from fedssg_helpers import data, runs
+from fedssg_helpers.__main__ import main
+print(runs.out_folder())
+for name in ("phantom", "ham10000"):
+    try:
+        data.load(name)
+    except data.DataError as error:
+        print(error)
+raise SystemExit(main(["run"]))
+"""
+    place = os.environ | {"PYTHONPATH": str(tmp_path / "site-packages"), "FEDSSG_OUT": "", "FEDSSG_DATA": ""}
+    known = {"cwd": tmp_path / "here", "env": place, "capture_output": True, "text": True}
+    result = subprocess.run([sys.executable, "-P", "-c", code], **known)
+    where, *errors = result.stdout.splitlines()
+    assert where == str(tmp_path / "here" / "out") and result.returncode == 2, result.stderr
+    assert len(errors) == 2 and all("pip install -e ." in text for text in [*errors, result.stderr])
+    assert {path.name for path in (tmp_path / "site-packages").iterdir()} == {"fedssg_helpers"}

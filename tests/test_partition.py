@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fedssg_helpers import data as sources
-from fedssg_helpers import partition
+from fedssg_helpers import partition, sharing
 from fedssg_helpers.data import DataError, ImageSet
 from fedssg_helpers.partition import split
 
@@ -36,9 +36,13 @@ def everything(data: ImageSet) -> np.ndarray:
     return np.arange(len(data))
 
 
+def counts(data: ImageSet, parts) -> np.ndarray:
+    return sharing.reports(partition.clients_of(data, parts), len(data.classes), len(data.devices))
+
+
 def divergence(data: ImageSet, parts) -> float:
     """Mean total-variation distance of the hospitals' class shares from all hospitals' together."""
-    have = partition.counts(data, parts).sum(2)
+    have = counts(data, parts).sum(2)
     shares = have / have.sum(1, keepdims=True)
     return float(0.5 * np.abs(shares - have.sum(0) / have.sum()).sum(1).mean())
 
@@ -195,13 +199,13 @@ def test_clients_have_what_the_partition_says():
 @pytest.mark.parametrize("count", [3, 5, 10])
 def test_one_device_per_hospital_by_default(count):
     data = tiny()
-    have = partition.counts(data, partition.hospitals(data, everything(data), count)).sum(1)
+    have = counts(data, partition.hospitals(data, everything(data), count)).sum(1)
     assert ((have > 0).sum(1) == 1).all() and (have.sum(0) > 0).all()
 
 
 def test_fewer_hospitals_than_devices_share_them_out():
     data = tiny()
-    have = partition.counts(data, partition.hospitals(data, everything(data), 2)).sum(1)
+    have = counts(data, partition.hospitals(data, everything(data), 2)).sum(1)
     assert ((have > 0).sum(0) == 1).all()  # each device lies in one hospital
 
 
@@ -209,10 +213,7 @@ def test_device_mix_mixes_devices():
     data = tiny()
     kinds = [
         (
-            partition.counts(
-                data, partition.hospitals(data, everything(data), 6, alpha=100, device_mix=mix)
-            ).sum(1)
-            > 0
+            counts(data, partition.hospitals(data, everything(data), 6, alpha=100, device_mix=mix)).sum(1) > 0
         ).sum()
         for mix in (0, 0.3, 1)
     ]
@@ -259,7 +260,7 @@ def test_size_skew_spreads_sizes():
 def test_tail_makes_rare_classes_rarer():
     data = tiny(2000)
     before = np.bincount(data.labels)
-    after = partition.counts(data, partition.hospitals(data, everything(data), 4, tail=10)).sum((0, 2))
+    after = counts(data, partition.hospitals(data, everything(data), 4, tail=10)).sum((0, 2))
     order = np.argsort(-before, kind="stable")
     assert after[order[0]] == before[order[0]]
     assert np.allclose((after / before)[order], 10 ** (-np.arange(4) / 3), atol=0.02)

@@ -300,7 +300,7 @@ def test_the_card_says_what_left(hospitals, groups):
     assert card["samples that left them"].startswith(f"{len(shared.pool)} of {asked.sum()} asked for")
     assert card["samples rejected at the source"] == shared.rejected.sum() > 0
     assert card["smallest cell shared"] == f"{have[asked > 0].min()} real images"
-    assert 0.8 < float(card["nearest-image ratio"].split()[0]) < 1.2
+    assert 0.8 < float(card["nearest-image ratio (1: unseen images are as near)"]) < 1.2
     assert card["formal guarantee"].startswith("none")
     nothing = replace(shared, pool=shared.pool.take(torch.arange(0)))
     assert (

@@ -100,6 +100,32 @@ def test_workers_give_the_same_bits_and_tell_errors(jobs, tmp_path):
     assert len(list((tmp_path / "2" / "cache").iterdir())) == 4  # the finished ones stay
 
 
+def test_without_worker_processes_the_run_goes_on(jobs, tmp_path):
+    """In a process of its own: a folder for temporary files whose name is too long for a socket."""
+    (deep := tmp_path / ("deep" * 30)).mkdir()
+    code = f"import test_runs as t; t.runs.run_many([t.Job('fedavg', s, 1, {jobs[0].data!r}) for s in (0, 1)], {str(tmp_path)!r})"
+    known = {"cwd": Path(__file__).parent, "capture_output": True, "text": True}
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "notebooks"), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"TMPDIR": str(deep), "PYTHONPATH": paths}, **known
+    )
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    assert "cannot start worker processes" in result.stderr and "with the same numbers" in result.stderr
+    done = [runs.cache_file(replace(job, rounds=1), tmp_path) for job in (jobs[0], jobs[2])]
+    assert all(file.exists() for file in done)
+
+
+def test_without_shared_memory_the_run_goes_on(jobs, tmp_path, monkeypatch):
+    class Context:
+        def Lock(self):
+            raise FileNotFoundError(2, "No such file or directory")  # as sem_open says without /dev/shm
+
+    monkeypatch.setattr(runs.multiprocessing, "get_context", lambda name: Context())
+    with pytest.warns(UserWarning, match="/dev/shm"):
+        done = runs.run_many(jobs, str(tmp_path / "1"), workers=2)
+    assert all(map(equal, done, runs.run_many(jobs, str(tmp_path / "2"), workers=1)))
+
+
 def test_a_damaged_state_is_named_and_finished_runs_stay(jobs, tmp_path):
     runs.run_many(jobs[:1], str(tmp_path), workers=1)
     state = runs.cache_file(jobs[1], tmp_path).with_suffix(".state.npz")
