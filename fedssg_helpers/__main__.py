@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import shutil
 import sys
@@ -12,6 +13,8 @@ import tomllib
 import zlib
 from importlib import metadata
 from pathlib import Path
+
+import joblib  # comes with scikit-learn
 
 from . import course
 
@@ -24,9 +27,18 @@ CURES = {
     "disk": "free at least 1 GB",
     "time": INSTALL,
 }
-# Seconds of the lessons on two cores that each trained a batch of 32 phantoms in STEP seconds: what they need whatever
-# the data, what grows with the seconds of a batch, and what grows with rounds, seeds and images, too.
-STEP, PHANTOMS, TAKES = 0.0016, 1876, {"00": (0, 0, 0)}
+# Seconds of each lesson on two cores of which each trains on a batch of 32 images in STEP seconds: what it takes in any case,
+# what grows with the seconds of a batch, and what grows with seeds, rounds and images, too (here 3, 15 and the phantoms').
+STEP, PHANTOMS = 0.0015, 4482
+TAKES = {
+    "00": (9, 2, 14),
+    "01": (9, 0, 0),
+    "02": (11, 33, 0),
+    "03": (15, 10, 0),
+    "04": (15, 14, 67),
+    "05": (9, 6, 0),
+}
+TAKES |= {"06": (10, 48, 10), "07": (15, 5, 0)}
 
 
 def arguments(words: list[str] | None) -> argparse.Namespace:
@@ -60,21 +72,14 @@ def step_seconds(channels: int, size: int) -> float:
         return min(timeit.repeat(lambda: net(batch).sum().backward(), number=20, repeat=5)) / 20
 
 
-def seconds_of(
-    parameters: dict[Path, dict], images: int = PHANTOMS, channels: int = 3, size: int = 28
-) -> float:
+def seconds_of(parameters: dict[Path, dict], images=PHANTOMS, channels=3, size=28) -> float:
     """What these lessons will take here, for so many images: an estimate from one measured step."""
     seconds, slow = 0.0, step_seconds(channels, size) / STEP
     for path, own in parameters.items():
         fixed, steps, runs = TAKES.get(path.name[:2], (0, 0, 0))
-        many = own.get("rounds", 15) / 15 * own.get("seeds", 3) / 3 * images / PHANTOMS
-        seconds += fixed + slow * (steps + runs * many)
-    return seconds * 2 / min(cores(), 2)
-
-
-def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        rounds = 0.6 + 0.4 * own.get("rounds", 15) / 15 * images / PHANTOMS  # 0.6: what is done once in a run
+        seconds += fixed + slow * (steps + runs * rounds * own.get("seeds", 3) / 3)
+    return seconds * 2 / min(joblib.cpu_count(), 2)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -101,12 +106,11 @@ def run(options: argparse.Namespace) -> None:
     except ValueError as error:
         raise course.CourseError(str(error)) from None
     loading = (time.perf_counter() - start) * len(paths)  # every lesson does it again
-    known = len(images), *images.images.shape[1:3]
     fewer = {path: own | {"rounds": 5} for path, own in parameters.items()}
-    about, less = (max(1, round((loading + seconds_of(p, *known)) / 60)) for p in (parameters, fewer))
+    seconds = (loading + seconds_of(p, len(images), *images.images.shape[1:3]) for p in (parameters, fewer))
+    about, less = (max(1, round(s / 60)) for s in seconds)
     cheaper = f"; -p rounds 5 makes it {less}" if less < about > 15 else ""
     print(f"About {about} minute{'s' * (about > 1)} on this machine{cheaper}.", flush=True)
-    start = time.perf_counter()
     made_from = runs.data_digest(name, folder, options.size)[:16] + runs.code_digest()[:16]
     course.run(paths, parameters, out, made_from, options.resume, everything=not options.only)
     print(f"{len(paths)} done in {time.perf_counter() - start:.0f} s. Open {out / 'index.html'}")
@@ -136,7 +140,7 @@ def check(what: str) -> tuple[bool, str]:
             return free >= 1, f"{free:.0f} GB free"
         case "time":
             took = seconds_of(dict.fromkeys(course.lessons(), {})) / 60
-            return True, f"'make course' takes about {took:.0f} min here, on {cores()} cores"
+            return True, f"'make course' takes about {took:.0f} min here, on {joblib.cpu_count()} cores"
     from packaging.requirements import Requirement
 
     version = metadata.version(Requirement(what).name)
@@ -177,6 +181,9 @@ def main(words: list[str] | None = None) -> int:
         where = error.filename or getattr(options, "out", None) or "a file"
         said, status = f"error: cannot read or write {where}: {error.strerror or error}{kept}", 2
     except KeyboardInterrupt:
+        logging.getLogger(
+            "asyncio"
+        ).disabled = True  # nobody waits for the interrupted cell's answer any more
         said, status = f"\nStopped.{kept}", 130
     print(said, file=sys.stderr)
     return status

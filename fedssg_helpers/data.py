@@ -24,6 +24,7 @@ from . import devices as simulation
 
 PROJECT_DATA = Path(__file__).resolve().parent.parent / "data"
 HAM_SCRIPT = PROJECT_DATA / "prepare_ham10000.py"
+NO_CLONE = "The course runs from a clone: get one, and pip install -e . there (not: pip install .)."
 SMALLEST, LARGEST = 16, 128  # image sides in pixels that the course's networks take
 MOST_CLASSES = 256
 MOST_BYTES = 8 * 2**30  # of one .npz after unpacking: a larger one is damaged or does not belong here
@@ -235,13 +236,13 @@ def _phantom(size: int) -> ImageSet:
     """The drawn phantoms: the file holds clean drawings (they pack well)."""
     path, licence = PROJECT_DATA / "phantom.npz", "as the project's own code (drawn by data/draw_phantom.py)"
     require(size == 28, path, f"size is {size}, but the phantoms are built in at 28 only. Give size 28.")
-    cure = "The course runs from a clone: get one, and pip install -e . there (not: pip install .)."
-    clean = _image_set(read_npz(path, cure), path, size)
+    clean = _image_set(read_npz(path, NO_CLONE), path, size)
     return _simulated(clean, clean.device, licence=licence)
 
 
 def _ham10000(folder: Path, size: int) -> ImageSet:
     """HAM10000 from a ready ``.npz``, else from the publisher's own files (prepared once)."""
+    require(HAM_SCRIPT.is_file(), HAM_SCRIPT, f"there is no such file. {NO_CLONE}")
     path = runpy.run_path(str(HAM_SCRIPT))["prepare_once"](folder, size, PROJECT_DATA)
     arrays = read_npz(path, "Prepare it again.")
     need(arrays, ("device", "lesion_id", "class_names"), path)

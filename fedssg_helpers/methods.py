@@ -21,14 +21,12 @@ from torch.nn import functional as F
 
 from . import sharing as strategy
 from .described import describe as describe
-from .dpsgd import DPSGD
+from .dpsgd import DPSGD as DPSGD
 from .errors import require
 from .generator import ClosedForm
 from .models import normalise, scale
 from .protection import Protection
 from .sharing import Budget
-
-SOURCES = (ClosedForm, DPSGD)
 
 
 def _callable(owner, names: str) -> None:

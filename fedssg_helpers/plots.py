@@ -77,8 +77,8 @@ def short(names, most: int = 14) -> list[str]:
 @lru_cache(maxsize=8)
 def _not_drawn(text: str, families: tuple[str, ...]) -> str:
     """Characters of a text that none of these fonts can draw."""
-    fonts = [font_manager.get_font(font_manager.findfont(family)) for family in families]
-    wanted = sorted(set(filter(str.isprintable, text)))
+    found = [font_manager.findfont(font_manager.FontProperties(family=[family])) for family in families]
+    fonts, wanted = list(map(font_manager.get_font, found)), sorted(set(filter(str.isprintable, text)))
     return "".join(c for c in wanted if not any(font.get_char_index(ord(c)) for font in fonts))
 
 

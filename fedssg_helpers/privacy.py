@@ -248,8 +248,7 @@ def audit_card(clients, outside, shared: server.Shared, *, groups=None, seed=0, 
     found = {"nearest-image ratio (1: unseen images are as near)": ratio}
     attacks = attack_summary(membership(clients, outside, pool, groups=groups, seed=seed))
     found |= {f"attack by {name}": value for name, value in attacks.items()}
-    none = "not measured: too few images"
-    card |= {name: none if np.isnan(value) else f"{value:.3f}" for name, value in found.items()}
+    card |= {name: "too few images" if np.isnan(x) else f"{x:.3f}" for name, x in found.items()}
     guarantee = "none: no differential privacy" if np.isinf(epsilon) else f"epsilon = {epsilon:.1f}"
     return pd.Series(card | {"formal guarantee": guarantee})
 

@@ -54,10 +54,7 @@ class Job:
 
 
 def out_folder(out: str = "") -> Path:
-    """Where runs and results go: the argument, else the environment variable FEDSSG_OUT, else out/ of the clone.
-
-    Installed without a clone it is out/ of the current folder.
-    """
+    """Where runs and results go: the argument, else $FEDSSG_OUT, else out/ of the clone or (there is none) of this folder."""
     project = sources.PROJECT_DATA.parent if sources.PROJECT_DATA.is_dir() else Path.cwd()
     folder = Path(out or os.environ.get("FEDSSG_OUT") or project / "out")
     folder.mkdir(parents=True, exist_ok=True)

@@ -182,7 +182,10 @@ def test_a_fresh_run_clears_only_what_a_run_made(quick, tmp_path):
 @pytest.mark.parametrize(
     "words, said",
     [
-        ("-p round 3", "no lesson has a parameter 'round'; known here: alpha, data, out, rounds, seed, size"),
+        (
+            "-p round 3",
+            "no lesson has a parameter 'round'; known here: alpha, data, data_dir, out, rounds, seed, size",
+        ),
         ("-p rounds many", "parameter 'rounds' must be a whole number, not 'many'"),
         ("-p data ham10000", "set 'data' with --data"),
         ("--only 07", "no lesson starts with '07' in "),
