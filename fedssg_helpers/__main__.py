@@ -38,7 +38,7 @@ TAKES = {
     "04": (15, 14, 67),
     "05": (9, 6, 0),
 }
-TAKES |= {"06": (10, 48, 10), "07": (15, 5, 0)}
+TAKES |= {"06": (5, 60, 5), "07": (15, 5, 0)}
 
 
 def arguments(words: list[str] | None) -> argparse.Namespace:
@@ -77,7 +77,7 @@ def seconds_of(parameters: dict[Path, dict], images=PHANTOMS, channels=3, size=2
     seconds, slow = 0.0, step_seconds(channels, size) / STEP
     for path, own in parameters.items():
         fixed, steps, runs = TAKES.get(path.name[:2], (0, 0, 0))
-        rounds = 0.6 + 0.4 * own.get("rounds", 15) / 15 * images / PHANTOMS  # 0.6: what is done once in a run
+        rounds = 0.4 + 0.6 * own.get("rounds", 15) / 15 * images / PHANTOMS  # 0.4: what is done once
         seconds += fixed + slow * (steps + runs * rounds * own.get("seeds", 3) / 3)
     return seconds * 2 / min(joblib.cpu_count(), 2)
 

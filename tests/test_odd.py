@@ -20,6 +20,7 @@ SETS = 300
 EVERY = int(
     os.environ.get("FEDSSG_ODD", 20)
 )  # lessons run on every 20th set; FEDSSG_ODD=1: on all, for half an hour
+COARSE = {"figure.dpi": 30, "figure.constrained_layout.use": False}  # most of the time goes into the layout
 NAMES = [
     "$", r"$\frac{$", "a_b^c", "{x}", r"back\slash", "%s", "<b>", "", " ", "a\nb", "ß", "皮膚", "nan", "None", "x" * 70,
     "'", '"', "#", "&", "🩺", "é", "0", "class 1", "~", "a|b", "[1]", "a, b", "recall[a]", "$5 or $10", "-",
@@ -100,7 +101,7 @@ def quiet(monkeypatch):
     """No window, no worker processes, coarse pictures; widgets are made and not shown."""
     matplotlib.use("agg")
     theme = plots.theme
-    monkeypatch.setattr(plots, "theme", lambda: (theme(), plt.rcParams.update({"figure.dpi": 30})))
+    monkeypatch.setattr(plots, "theme", lambda: (theme(), plt.rcParams.update(COARSE)))
     monkeypatch.setattr(
         plt, "show", lambda: ([f.canvas.draw() for f in map(plt.figure, plt.get_fignums())], plt.close("all"))
     )
