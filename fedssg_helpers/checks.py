@@ -111,7 +111,7 @@ def _features(pool: Pool) -> tuple[torch.Tensor, torch.Tensor]:
 
     Coarse, because classes differ there on every device; finer details differ more between devices.
     """
-    group = pool.source * (int(pool.device.max()) + 1) + pool.device
+    group = pool.source * (max(pool.device.tolist(), default=0) + 1) + pool.device
     return _centred(F.adaptive_avg_pool2d(pool.images.float() / 255, 7).flatten(1).double(), group), group
 
 

@@ -33,8 +33,7 @@ def lessons(folder: Path = LESSONS, only: list[str] | None = None) -> list[Path]
     if not every:
         raise CourseError(f"no lessons in {folder}: get a clone of the course, and pip install -e . there")
     found = [path for path in every if path.name.startswith(tuple(only or "0123456789"))]
-    names = [path.name for path in every]
-    lost = [start for start in only or () if not (start and any(name.startswith(start) for name in names))]
+    lost = [start for start in only or () if not (start and any(p.name.startswith(start) for p in every))]
     if lost or not found:
         known = ", ".join(path.stem for path in every)
         raise CourseError(f"no lesson starts with '{lost[0] if lost else 0}' in {folder}; there are: {known}")

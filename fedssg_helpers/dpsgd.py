@@ -74,6 +74,7 @@ def fit_private(images, labels, classes, epsilon, random, *, steps=400, batch=12
     """
     if missing := opacus_missing():
         raise ValueError(missing)
+    require(len(images) > 0, "the number of images to learn from", 0, "1 or more")
     require(epsilon > 0, "epsilon", epsilon, "above 0 (infinite: no noise)")
     from opacus import PrivacyEngine
     from opacus.accountants.utils import get_noise_multiplier

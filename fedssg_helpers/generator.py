@@ -143,7 +143,7 @@ def loss(net: VAE, x: Tensor, epsilon: Tensor, beta: float = 1.0) -> Tensor:
     z = mean + (0.5 * log_variance).exp() * epsilon
     error = (net.decode(z) - x).square().mean()
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum(1).mean()
-    return x[0].numel() / 2 * error.clamp(min=FLOOR).log() + beta * divergence
+    return x.shape[1:].numel() / 2 * error.clamp(min=FLOOR).log() + beta * divergence
 
 
 @one_thread()

@@ -37,9 +37,8 @@ _PALETTE = sns.color_palette("colorblind")
 METHOD_COLOURS = {m: sns.set_hls_values(_PALETTE[h], l=l) for h, ms in _HUES.items() for m, l in ms.items()}
 # For methods of your own: those of Paul Tol's colours that are far from the ones above.
 _OTHERS = "#332288 #117733 #882255 #999933 #CC6677 #DDCC77 #EE3377".split()
-# Fonts with Chinese and Japanese characters, of Linux, macOS and Windows.
 WIDER_FONTS = """Noto Sans CJK JP, Noto Sans CJK SC, Noto Sans JP, Noto Sans SC, WenQuanYi Zen Hei, IPAGothic, Hiragino Sans,
-PingFang HK, Heiti TC, Arial Unicode MS, Microsoft YaHei, SimHei, Yu Gothic, MS Gothic"""
+PingFang HK, Heiti TC, Arial Unicode MS, Microsoft YaHei, SimHei, Yu Gothic, MS Gothic"""  # with Chinese and Japanese characters
 
 
 def theme() -> None:
@@ -131,7 +130,7 @@ def strip(axis, images, title: str = "", columns: int | None = None) -> None:
 def wall(axis, rows, title: str = "", every: int = 0) -> None:
     """Images (n, C, H, W) in named rows, a dict or a list of pairs, with a gap after each `every` rows."""
     pairs = list(rows.items() if isinstance(rows, dict) else rows)
-    most = max(len(images) for _, images in pairs)
+    most = max([1, *(len(images) for _, images in pairs)])
     tiles = [tile for _, images in pairs for tile in (*images, *[None] * (most - len(images)))]
     axis.set_yticks(_mosaic(axis, tiles, most, title, (every, 0))[0], [name for name, _ in pairs])
     axis.set_xticks([])

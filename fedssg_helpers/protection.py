@@ -55,6 +55,7 @@ def apart(images: Tensor, orientations=None, most: int = 200) -> Tensor:
     That is how near held-out images would come, measured by leave-one-out. Pictures of one lesion would hide it, so
     pairs nearer than `TWINS` times the median are passed over. Of large cells, `most` images are measured.
     """
+    require(len(images) > 0, "the number of images of a cell", 0, "2 or more")
     rows = torch.linspace(0, len(images) - 1, min(most, len(images))).long()
     far = distances(images[rows], images, orientations or plausible_orientations(images))
     far[torch.arange(len(rows)), rows] = torch.inf
@@ -97,7 +98,7 @@ def redraw(drawn: Tensor, own: Tensor, limit: float, orientations: list[int], ag
     """Samples at least `limit` from every image of `own`, filled up by ``again(number)``; and how many were rejected."""
     kept, rejected, number = [], 0, len(drawn)
     for _ in range(REDRAWS + 1):
-        far = distances(drawn, own, orientations).min(1)[0] >= limit
+        far = (distances(drawn, own, orientations) >= limit).all(1)
         kept.append(drawn[far])
         rejected += int((~far).sum())
         if (missing := number - sum(map(len, kept))) == 0:

@@ -1,4 +1,4 @@
-"""Well-formed but odd image sets: lessons 00 and 03 run on each, or it is refused at the start in the course's words."""
+"""Well-formed but odd image sets: lessons 00, 01 and 03 run on each, or it is refused at the start, in our words."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_lessons_run_on_it(number, tmp_path, quiet):
     path, hospitals = saved(number, tmp_path)
     if federation(path, hospitals) is None:
         pytest.skip("refused, see above")
-    for name in ("00", "03"):
+    for name in ("00", "01", "03"):
         imports, *cells = lesson(name)
         known = {}
         with warnings.catch_warnings(action="ignore"):
@@ -125,3 +125,19 @@ def test_lessons_run_on_it(number, tmp_path, quiet):
             for source in cells:
                 exec(source, known)
             plt.show()
+
+
+@pytest.mark.parametrize("name", ["02", "05", "06"])
+def test_a_lesson_for_which_a_set_is_too_small_goes_on_with_the_phantoms(name, tmp_path, quiet, capsys):
+    images = np.random.default_rng(0).integers(0, 256, (60, 16, 16), dtype=np.uint8)
+    np.savez(tmp_path / "thin.npz", images=images, labels=np.arange(60) % 30, device=np.arange(60) % 20)
+    cells = lesson(name)
+    (check,) = (i for i, source in enumerate(cells) if "goes on with the built-in phantoms" in source)
+    known = {}
+    for i in sorted({0, 1, check, check + 1}):
+        with warnings.catch_warnings(action="ignore"):
+            exec(cells[i], known)
+        if i == 0:
+            known |= {"data": str(tmp_path / "thin.npz"), "hospitals": 3, "seeds": 1, "workers": 1}
+    assert "goes on with the built-in phantoms" in capsys.readouterr().out
+    assert known["data"] == "phantom" and known["size"] == 28
