@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import shutil
 import sys
 import time
@@ -57,6 +58,8 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     add("-p", nargs=2, action="append", metavar=("NAME", "VALUE"), help="set a lesson's parameter")
     add("--out", type=Path, metavar="DIR", help="where results go (default: out/run-DATA-PROFILE)")
     add("--resume", action="store_true", help="skip the lessons that an earlier run finished")
+    # Before Python 3.14 -1e-3 is no number for argparse, unless a blank is in front.
+    words = [re.sub(r"^(-[\d.]+e.*)", r" \1", word) for word in (sys.argv[1:] if words is None else words)]
     return parser.parse_args(words)
 
 
@@ -147,7 +150,7 @@ def check(what: str) -> tuple[bool, str]:
     return Requirement(what).specifier.contains(version, prereleases=True), version
 
 
-def doctor() -> None:
+def doctor(_) -> None:
     """Print one line per check; CourseError (status 1) unless this machine is ready."""
     project, missing = tomllib.loads((course.ROOT / "pyproject.toml").read_text(encoding="utf-8")), 0
     packages = dict.fromkeys(project["project"]["dependencies"], INSTALL)
@@ -168,10 +171,7 @@ def main(words: list[str] | None = None) -> int:
     options = arguments(words)
     kept = "\nWhat ran is kept. Go on with the same command and --resume." if options.command == "run" else ""
     try:
-        if options.command == "run":
-            run(options)
-        else:
-            doctor()
+        {"run": run, "doctor": doctor}[options.command](options)
         return 0
     except course.CourseError as error:
         said, status = f"error: {error}" + kept * (error.code == 1), error.code

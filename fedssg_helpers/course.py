@@ -54,7 +54,7 @@ def convert(name: str, text: str, kind: str, about: str = "") -> int | float | b
     if span := re.search(r"\((above )?(-?[\d.]+)(?: or more| to ([\d.]+))?\)$", about):
         above, low, high = span[1], float(span[2]), float(span[3] or sys.float_info.max)
         if not low <= value <= high or (above and value == low):
-            raise CourseError(f"parameter '{name}' is {text}; it must be {span[0][1:-1]}")
+            raise CourseError(f"parameter '{name}' is {text.strip()}; it must be {span[0][1:-1]}")
     return value
 
 

@@ -192,6 +192,7 @@ def test_a_fresh_run_clears_only_what_a_run_made(quick, tmp_path):
         ("--only 07", "no lesson starts with '07' in "),
         ("--only=", "no lesson starts with '' in "),
         ("-p alpha -1", "parameter 'alpha' is -1; it must be above 0"),
+        ("-p alpha -1e-3", "parameter 'alpha' is -1e-3; it must be above 0"),
         ("-p alpha 0", "parameter 'alpha' is 0; it must be above 0"),
         ("-p alpha inf", "parameter 'alpha' is inf; it must be above 0"),
         ("-p alpha nan", "parameter 'alpha' is nan; it must be above 0"),
