@@ -15,10 +15,9 @@ import zlib
 from importlib import metadata
 from pathlib import Path
 
-import joblib  # comes with scikit-learn
-
 from . import course
 
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 INSTALL = "run 'make course' or, in your own environment, pip install -e ."
 CURES = {
     "torch pair": "pip install --force-reinstall torch torchvision (both in one call)",
@@ -82,7 +81,7 @@ def seconds_of(parameters: dict[Path, dict], images=PHANTOMS, channels=3, size=2
         fixed, steps, runs = TAKES.get(path.name[:2], (0, 0, 0))
         rounds = 0.4 + 0.6 * own.get("rounds", 15) / 15 * images / PHANTOMS  # 0.4: what is done once
         seconds += fixed + slow * (steps + runs * rounds * own.get("seeds", 3) / 3)
-    return seconds * 2 / min(joblib.cpu_count(), 2)
+    return seconds * 2 / min(CORES, 2)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -143,7 +142,7 @@ def check(what: str) -> tuple[bool, str]:
             return free >= 1, f"{free:.0f} GB free"
         case "time":
             took = seconds_of(dict.fromkeys(course.lessons(), {})) / 60
-            return True, f"'make course' takes about {took:.0f} min here, on {joblib.cpu_count()} cores"
+            return True, f"'make course' takes about {took:.0f} min here, on {CORES} cores"
     from packaging.requirements import Requirement
 
     version = metadata.version(Requirement(what).name)

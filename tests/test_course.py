@@ -254,13 +254,15 @@ runs.run_many([runs.Job('fedavg', s, 500) for s in (0, 1)], out)
     write(folder / "00_first.ipynb", code)
     words = ["run", "--lessons", str(folder), "--out", str(tmp_path / "out"), "--only", "00"]
     command = [sys.executable, "-m", "fedssg_helpers", *words]
-    known = {"cwd": course.ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    process = subprocess.Popen(command, start_new_session=True, **known)
-    while not list((tmp_path / "out").glob("cache/*.state.npz")):
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
-    said = process.communicate(timeout=60)[0]
+    with (tmp_path / "said").open("w") as file:
+        known = {"cwd": course.ROOT, "stdout": file, "stderr": file}
+        process = subprocess.Popen(command, start_new_session=True, **known)
+        while not list((tmp_path / "out").glob("cache/*.state.npz")):
+            assert process.poll() is None, (tmp_path / "said").read_text()
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait(60)
+    said = (tmp_path / "said").read_text()
     assert process.returncode == 130 and "Traceback" not in said
     assert said.split("Stopped.")[1].strip().endswith("--resume.") and len(said.split("Stopped.")[1]) < 100
 

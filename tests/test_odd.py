@@ -1,4 +1,4 @@
-"""Well-formed but odd image sets: lessons 00, 01 and 03 run on each, or it is refused at the start, in our words."""
+"""Well-formed but odd image sets: lessons 00 and 03 run on each, or it is refused at the start, in our words."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_lessons_run_on_it(number, tmp_path, quiet):
     path, hospitals = saved(number, tmp_path)
     if federation(path, hospitals) is None:
         pytest.skip("refused, see above")
-    for name in ("00", "01", "03"):
+    for name in ("00", "03", "01")[: 3 if number % 40 == 0 else 2]:
         imports, *cells = lesson(name)
         known = {}
         with warnings.catch_warnings(action="ignore"):
