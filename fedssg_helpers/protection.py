@@ -55,7 +55,7 @@ def apart(images: Tensor, orientations=None, most: int = 200) -> Tensor:
     That is how near held-out images would come, measured by leave-one-out. Pictures of one lesion would hide it, so
     pairs nearer than `TWINS` times the median are passed over. Of large cells, `most` images are measured.
     """
-    require(len(images) > 0, "the number of images of a cell", 0, "2 or more")
+    require(len(images) > 1, "the number of images of a cell", len(images), "2 or more")
     rows = torch.linspace(0, len(images) - 1, min(most, len(images))).long()
     far = distances(images[rows], images, orientations or plausible_orientations(images))
     far[torch.arange(len(rows)), rows] = torch.inf

@@ -247,8 +247,6 @@ def test_after_a_keyboard_stop_nothing_more_is_said(folder, tmp_path):
     """As in a terminal: the signal reaches all processes of the group, in the middle of a comparison."""
     code = """
 from fedssg_helpers import runs
-from pathlib import Path
-Path('at_work').touch()
 runs.run_many([runs.Job('fedavg', s, 500) for s in (0, 1)], out)
 """
     write(folder / "00_first.ipynb", code)

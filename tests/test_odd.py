@@ -19,7 +19,7 @@ LESSONS = Path(__file__).parent.parent / "notebooks"
 SETS = 300
 EVERY = int(
     os.environ.get("FEDSSG_ODD", 20)
-)  # lessons run on every 20th set; FEDSSG_ODD=1: on all, for half an hour
+)  # lessons run on every 20th set; FEDSSG_ODD=1: on all, for a quarter of an hour
 COARSE = {"figure.dpi": 30, "figure.constrained_layout.use": False}  # most of the time goes into the layout
 NAMES = [
     "$", r"$\frac{$", "a_b^c", "{x}", r"back\slash", "%s", "<b>", "", " ", "a\nb", "ß", "皮膚", "nan", "None", "x" * 70,
