@@ -254,7 +254,12 @@ runs.run_many([runs.Job('fedavg', s, 500) for s in (0, 1)], out)
     command = [sys.executable, "-m", "fedssg_helpers", *words]
     with (tmp_path / "said").open("w") as file:
         known = {"cwd": course.ROOT, "stdout": file, "stderr": file}
-        process = subprocess.Popen(command, start_new_session=True, **known)
+        # A shell starts what runs in the background deaf to Ctrl-C: here it listens, as in a terminal.
+        known |= {
+            "start_new_session": True,
+            "preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        }
+        process = subprocess.Popen(command, **known)
         while not list((tmp_path / "out").glob("cache/*.state.npz")):
             assert process.poll() is None, (tmp_path / "said").read_text()
             time.sleep(0.1)
