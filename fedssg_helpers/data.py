@@ -7,6 +7,8 @@ names the file, the cause and the cure.
 
 from __future__ import annotations
 
+import csv
+import gzip
 import hashlib
 import os
 import runpy
@@ -26,6 +28,8 @@ PROJECT_DATA = Path(__file__).resolve().parent.parent / "data"
 HAM_SCRIPT = PROJECT_DATA / "prepare_ham10000.py"
 NO_CLONE = "The course runs from a clone: get one, and pip install -e . there (not: pip install .)."
 SMALLEST, LARGEST = 16, 128  # image sides in pixels that the course's networks take
+DERMA, SIMULATED = "dermamnist", "-simulated"
+HAM = "(HAM10000, Tschandl et al. 2018, doi:10.7910/DVN/DBW86T)"
 MOST_CLASSES = 256
 MOST_BYTES = 8 * 2**30  # of one .npz after unpacking: a larger one is damaged or does not belong here
 
@@ -69,7 +73,7 @@ def load(name="phantom", folder=None, size: int = 28) -> ImageSet:
     """Load a data set by name, checked; a `DataError` for anything that is missing, damaged or out of range.
 
     `name`: ``"phantom"`` (built in, always from the project's own data/), ``"ham10000"``, a MedMNIST name such as
-    ``"dermamnist"``, or a path that ends in ``.npz`` (as it is, else inside the data folder). `folder`: the data folder,
+    ``"dermamnist"`` (``"dermamnist-simulated"``: with simulated devices in place of its real ones), or a path that ends in ``.npz`` (as it is, else inside the data folder). `folder`: the data folder,
     see `data_folder`. `size`: image side in pixels, 28, 64 or 128 for MedMNIST, 16 to 128 for HAM10000, 28 for the
     phantoms; your own images have one size: 28 takes any, another number must be theirs.
     """
@@ -197,6 +201,13 @@ def _image_set(arrays: dict, path: Path, size: int, group_key: str = "group") ->
     return ImageSet(path.stem, images, labels, device, group, tuple(classes.tolist()), names, licence, False)
 
 
+def joined(group: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Groups, int64 (N,), of which `one` and `other` (L,) name pairs that are the same."""
+    last = max(map(np.max, filter(len, (group, one, other)))) + 1
+    graph = coo_array((np.ones(len(one)), (one, other)), (last, last))
+    return connected_components(graph, directed=False)[1][group].astype(np.int64)
+
+
 def _own(arrays: dict, path: Path, size: int) -> ImageSet:
     """Your own images. What could make a score wrong is mended, and a warning says so."""
     found, said = _image_set(arrays, path, size), []
@@ -217,12 +228,27 @@ def _own(arrays: dict, path: Path, size: int) -> ImageSet:
     picture = np.unique(digests, return_inverse=True)[1]
     if (copies := len(found) - picture.max() - 1) > 0:
         said.append(f"{copies} images are copies of others: copies share a group")
-        pairs, nodes = (group, group.max() + 1 + picture), group.max() + picture.max() + 2
-        graph = coo_array((np.ones(len(group)), pairs), (nodes, nodes))
-        group = connected_components(graph, directed=False)[1][group]
+        group = joined(group, group, group.max() + 1 + picture)
     for text in said:
         warnings.warn(f"{path}: {text}.", stacklevel=3)
-    return replace(found, group=group.astype(np.int64))
+    return replace(found, group=group)
+
+
+def same_lesions(lesions: np.ndarray) -> np.ndarray:
+    """HAM10000's lesion ids, str (N,), as groups, int64 (N,): 18 lesions were published under two ids (see data/README.md)."""
+    names, group = np.unique(lesions, return_inverse=True)
+    pairs = table_of("ham10000_duplicates.csv")
+    pairs = [(row["lesion_id"], row["other_lesion_id"]) for row in pairs]
+    pairs = np.array([np.searchsorted(names, pair) for pair in pairs if np.isin(pair, names).all()], int)
+    return joined(group, *pairs.reshape(-1, 2).T)
+
+
+def table_of(name: str) -> list[dict[str, str]]:
+    """The rows of a table of the project's own data/."""
+    path = PROJECT_DATA / name
+    require(path.is_file(), path, f"there is no such file. {NO_CLONE}")
+    with (gzip.open if name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def _simulated(clean: ImageSet, device: np.ndarray, **changes) -> ImageSet:
@@ -246,37 +272,56 @@ def _ham10000(folder: Path, size: int) -> ImageSet:
     path = runpy.run_path(str(HAM_SCRIPT))["prepare_once"](folder, size, PROJECT_DATA)
     arrays = read_npz(path, "Prepare it again.")
     need(arrays, ("device", "lesion_id", "class_names"), path)
-    licence = "CC BY-NC 4.0 (HAM10000, Tschandl et al. 2018, doi:10.7910/DVN/DBW86T)"
-    return replace(_image_set(arrays, path, size, "lesion_id"), name="ham10000", licence=licence)
+    licence, images = f"CC BY-NC 4.0 {HAM}", _image_set(arrays, path, size, "lesion_id")
+    return replace(images, name="ham10000", licence=licence, group=same_lesions(arrays["lesion_id"].astype(str)))
 
 
-def _medmnist(flag: str, folder: Path, size: int) -> ImageSet:
-    """A two-dimensional single-label MedMNIST set, its devices simulated."""
+def _medmnist(name: str, folder: Path, size: int) -> ImageSet:
+    """A two-dimensional single-label MedMNIST set: its devices are simulated, but for DermaMNIST, where they are known."""
+    flag = name.removesuffix(SIMULATED) if name == DERMA + SIMULATED else name
     info, sides = _medmnist_info(flag, size), ("train", "val", "test")
     path = folder / (f"{flag}.npz" if size == 28 else f"{flag}_{size}.npz")
     if not path.exists():
         _download(path, *(info[key if size == 28 else f"{key}_{size}"] for key in ("url", "MD5")))
     arrays = read_npz(path, "Download it again.")
-    keys = ["images", "labels"] + ["lesion_id"] * ("train_lesion_id" in arrays)
-    need(arrays, [f"{side}_{key}" for side in sides for key in keys], path)
+    need(arrays, [f"{side}_{key}" for side in sides for key in ("images", "labels")], path)
     whole = {"class_names": np.array([info["label"][str(i)] for i in range(len(info["label"]))])}
     rows = [arrays[f"{side}_images"].shape[:1] for side in sides]
-    for key in keys:
+    for key in ("images", "labels"):
         parts = [np.atleast_1d(arrays[f"{side}_{key}"]) for side in sides]
         kinds = {(part.shape[1:], part.dtype.kind) for part in parts}
         alike = len(kinds) == 1 and [part.shape[:1] for part in parts] == rows
         cause = f"its train, val and test {key} differ in shape or type, or are not one per image"
         require(alike, path, f"{cause}. Delete it, then download it again.")
         whole[key] = np.concatenate(parts)
-    clean = _image_set(whole, path, size, "lesion_id")
+    clean = _image_set(whole, path, size)
     wanted, shape = (info["n_channels"], size, size), clean.images.shape[1:]
     cause = f"images have shape (C, H, W) = {shape}; {flag} at size {size} has {wanted}"
     require(shape == wanted, path, f"{cause}. It is another set's file, or misnamed: download it again.")
-    # Where lesions are known they count: the official split of DermaMNIST has some lesions on both sides.
-    official = None if "lesion_id" in whole else np.repeat([False, False, True], np.ravel(rows))
+    official = np.repeat([False, False, True], np.ravel(rows))
     licence = f"{info['license']} (MedMNIST, Yang et al. 2023, doi:10.1038/s41597-022-01721-8)"
-    device = simulation.assign(clean.labels, clean.group)
-    return _simulated(clean, device, name=flag, licence=licence, official_test=official)
+    clean = replace(clean, name=name, licence=licence, official_test=official)
+    if flag == DERMA:
+        clean = _with_sources(clean, path)
+    return clean if name == DERMA else _simulated(clean, simulation.assign(clean.labels, clean.group))
+
+
+def _with_sources(images: ImageSet, path: Path) -> ImageSet:
+    """DermaMNIST with lesion and real device of each image, as HAM10000's table has them; not its official split.
+
+    DermaMNIST is HAM10000, and its official split has 1,006 lesions on more than one side.
+    """
+    rows = table_of(f"{DERMA}_sources.csv.gz")
+    differ = "another number of images"
+    if len(rows) == len(images):
+        differ = sum(row["label"] != str(label) for row, label in zip(rows, images.labels))
+        differ = differ and f"{differ} other labels"
+    cure = "Download it again."
+    require(not differ, path, f"has {differ} than the table of its sources, so devices are not known. {cure}")
+    names, device = np.unique([row["device"] for row in rows], return_inverse=True)
+    group = same_lesions(np.array([row["lesion_id"] for row in rows]))
+    licence = f"{images.licence}; devices and lesions {HAM}"
+    return replace(images, device=device, group=group, devices=tuple(names.tolist()), licence=licence, official_test=None)
 
 
 def _medmnist_info(flag: str, size: int) -> dict:

@@ -5,6 +5,7 @@ recall: it is left out, never counted as 0.
 """
 
 import numpy as np
+from scipy.special import log_softmax, softmax
 
 
 def confusions(labels, predicted, device, classes: int, devices: int) -> np.ndarray:
@@ -42,6 +43,50 @@ def macro_f1(confusion: np.ndarray) -> float:
     return float(np.mean(2 * hit[size > 0] / size[size > 0])) if (size > 0).any() else float("nan")
 
 
+def worst_device(confusion: np.ndarray, least: int = 10) -> float:
+    """The lowest device's mean recall over its classes of `least` test images or more, from (D, C, C); NaN if none has such.
+
+    A class with one test image on a device has a recall of 0 or 1 there: a coin toss, which this score leaves out.
+    """
+    rates = np.where(confusion.sum(-1) >= least, recall(confusion), np.nan)
+    known = rates[np.isfinite(rates).any(1)]
+    return float(np.nanmean(known, axis=1).min()) if len(known) else float("nan")
+
+
+def calibration_error(logits, labels, temperature: float = 1.0, bins: int = 15) -> float:
+    """Expected calibration error, 0..1 (Guo et al. 2017, arXiv 1706.04599, equation 3), of logits (N, C) over a temperature.
+
+    Predictions are sorted into `bins` by their probability; averaged is the distance of mean probability and accuracy.
+    """
+    chance = softmax(np.asarray(logits, float) / temperature, axis=1)
+    sure, right = chance.max(1), chance.argmax(1) == np.asarray(labels)
+    which = np.minimum((sure * bins).astype(int), bins - 1)
+    return float(np.abs(np.bincount(which, sure - right, minlength=bins)).sum() / len(sure))
+
+
+def best_temperature(logits, labels) -> float:
+    """The temperature, 0.05..20, with the least cross-entropy on these images: logits (N, C), labels (N,)."""
+    from scipy.optimize import minimize_scalar  # here, because most processes start without it
+
+    logits, labels = np.asarray(logits, float), np.asarray(labels)
+
+    def loss(log_t: float) -> float:
+        return -log_softmax(logits / np.exp(log_t), axis=1)[np.arange(len(labels)), labels].mean()
+
+    return float(np.exp(minimize_scalar(loss, bounds=(np.log(0.05), np.log(20)), method="bounded").x))
+
+
+def sensitivity(scores, positive, specificity: float = 0.9) -> float:
+    """Fraction of the `positive` (N,), bool, found at this specificity, 0..1, by scores (N,); NaN where one kind lacks.
+
+    The threshold is the score that this fraction of the negatives does not exceed.
+    """
+    scores, positive = np.asarray(scores, float), np.asarray(positive, bool)
+    if positive.all() or not positive.any():
+        return float("nan")
+    return float((scores[positive] > np.quantile(scores[~positive], specificity, method="higher")).mean())
+
+
 def summary(confusion: np.ndarray, train_counts) -> dict[str, float]:
     """The course's scores, 0..1, from matrices (D, C, C), all but the worst device's on the pooled test set.
 
@@ -57,15 +102,19 @@ def summary(confusion: np.ndarray, train_counts) -> dict[str, float]:
         "macro_f1": macro_f1(pooled),
         "accuracy": float(np.trace(pooled) / max(pooled.sum(), 1)),
         "worst_device_balanced_accuracy": float(np.nanmin([balanced_accuracy(c) for c in confusion])),
+        "worst_device_common_classes": worst_device(confusion),
         "rare_recall": float(np.nanmean(rare_rates)) if np.isfinite(rare_rates).any() else float("nan"),
     }
 
 
-def interval(values, level: float = 0.95) -> tuple[float, float]:
-    """Mean, and half the width of its t interval, of independent scores (n,); a single one has width NaN.
+def interval(values, level: float = 0.95, overlap: float = 0.0) -> tuple[float, float]:
+    """Mean, and half the width of its t interval, of scores (n,); a single one has width NaN.
 
     Give it one score per seed or, to compare two methods, one *difference* per seed: both share data,
-    hospitals and first weights, so what these contribute cancels. A ValueError where there is no score.
+    hospitals and first weights, so what these contribute cancels. With `overlap` 0 it answers: what would other splits
+    of these images give? Training sets of seeds overlap, though. With `overlap` the number of test images over that of
+    training images it answers: what would other images of this kind give (Nadeau & Bengio 2003, corrected resampled
+    t)? A ValueError where there is no score.
     """
     from scipy import stats  # here, because most processes start without it
 
@@ -73,5 +122,5 @@ def interval(values, level: float = 0.95) -> tuple[float, float]:
     n = len(values)
     if n == 0:
         raise ValueError("an interval needs at least one score")
-    half = stats.t.ppf(0.5 + level / 2, n - 1) * values.std(ddof=1) / np.sqrt(n) if n > 1 else np.nan
-    return float(values.mean()), float(half)
+    error = values.std(ddof=1) * np.sqrt(1 / n + overlap) if n > 1 else np.nan
+    return float(values.mean()), float(stats.t.ppf(0.5 + level / 2, max(n - 1, 1)) * error)

@@ -31,7 +31,7 @@ class Budget:
     cell: int = 120  # ... and for so many of every (class, device) cell that others can generate
     per_image: float = 0.5  # ... but for at most so many per real image that the others learn from
     upload: int = 400  # a hospital uploads at most so many samples of one cell
-    receive: int = 1500  # a hospital receives at most so many samples in all
+    receive: int = 500  # a hospital receives at most so many samples in all
     power: float = 0.5  # how much more a source with more images counts: 0 all the same, 1 in proportion
     minimum: int = generator.MINIMUM  # a hospital with fewer images of a cell does not generate it
     silent: tuple[int, ...] = ()  # hospitals that upload nothing (their rules forbid it); they still receive
