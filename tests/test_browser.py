@@ -68,8 +68,8 @@ MOVES = {
     },
     "03": {
         "rule": (1, "", "name"),
-        "fill": (4, r"(\d+) samples distributed", "+"),
-        "floor": (2, r"(\d+) samples distributed", "+"),
+        "fill": (4, "", "picture"),
+        "floor": (2, "", "picture"),
         "per image": (-2, r"up ([.\d]+) MB", "-"),
         "receive": (-8, r"to (\d+) to each", "-"),
         "may not share": (5, r"up ([.\d]+) MB", "-"),
@@ -90,6 +90,7 @@ MOVES = {
     "explorer": {
         "class skew: alpha": (-1, r"; balanced accuracy", ""),
         "sharing": (-4, r" (\d+) after", "+"),
+        "budget": (1, r"at most (\d+)", "+"),
         "temperature": (1, "", "picture"),
     },
 }

@@ -392,16 +392,16 @@ def test_explorer_page(monkeypatch):
         set(known["table"].shared) == set(known["RULES"])
         and known["table"].balanced_accuracy.between(0, 1).all()
     )
-    assert known["table"].groupby(["alpha", "shared"]).size().nunique() == 1, "as many seeds behind each bar"
+    assert known["table"].groupby(["alpha", "shared", "receive"]).size().nunique() == 1, "as many seeds behind each bar"
     rules, after = list(known["RULES"]), r", (\d+) after"
-    texts = {rule: said(known["draw"](0.3, rule, 0.9)) for rule in (rules[0], rules[-1])}
+    texts = {rule: said(known["draw"](0.3, rule, 100, 0.9)) for rule in (rules[0], rules[-1])}
     nothing, ours = texts.values()
     assert number(r"(\d+) of 240", nothing) == number(after, nothing) > number(after, ours)
-    scores = known["table"][
-        (known["table"].alpha == 0.3) & (known["table"].shared == rules[-1])
-    ].balanced_accuracy
+    table = known["table"]
+    there = (table.alpha == 0.3) & (table.shared == rules[-1]) & (table.receive == 100)
+    scores = table[there].balanced_accuracy
     assert f"balanced accuracy {scores.mean():.2f}, and" in ours
-    want, offer = known["agreed"](0.3, rules[-1])
+    want, offer = known["agreed"](0.3, rules[-1], 100)
     calm, wild = (known["received"](0.3, want, offer, 2, t).float() for t in (0.0, 2.0))
     assert calm.shape == wild.shape and calm.shape[0] > 10 and wild.std() > calm.std()
 
