@@ -14,14 +14,11 @@ VOILA = --TagRemovePreprocessor.remove_cell_tags=static
 CELL_TIMEOUT ?= 900
 TESTS ?= tests notebooks
 
-A1 = $(BIN)/python -m fedssg_helpers run --only A1 --out out/results --resume -p seeds 5 \
-	-p results $(CURDIR)/data/results/accuracy.csv
 A3 = $(BIN)/python -m fedssg_helpers run --only A3 --out out/results --resume -p seeds 5 -p private true \
 	-p faults 20 -p poison_rounds 10 -p poison_hospitals 10 -p results $(CURDIR)/data/results/trust.csv
 A2 = $(BIN)/python -m fedssg_helpers run --only A2 --out out/results -p rounds 10 -p repeats 5 -p growth 4,16,64,256,1000 \
 	-p results $(CURDIR)/data/results/speed.csv
 FLOWER = 10x100x10,1000x100x5,1000x4x5
-CORE = fedavg,balanced_sampling,fedavg+la,duplication,uniform_shuffle,fedssg,oracle_real,centralised
 
 .PHONY: help course test quick lint notebooks results lab explorer doctor clean
 .NOTPARALLEL:
@@ -55,10 +52,7 @@ notebooks: $(READY)  ## run the committed notebooks again, in place; ARGS=03 for
 
 # The figures that README and lessons quote; long, and it goes on where it was interrupted. Needs the real data sets.
 results: $(READY)  ## run the benchmarks (A1 to A3) again: data/results/*.csv; long, resumes
-	$(A1) --data ham10000 -p rounds 40 -p methods all -p tuning 15 -p ablations 3
-	$(A1) --data ham10000 -p rounds 40 -p methods $(CORE) -p hospitals 10
-	$(A1) --data dermamnist -p rounds 15 -p methods $(CORE) -p tuning 15
-	$(A1) --data phantom -p rounds 15 -p methods $(CORE) -p tuning 15
+	$(BIN)/python .ci/results.py
 	$(A3) --data ham10000 -p rounds 15
 	$(A2) $(if $(findstring flower,$(EXTRAS)),-p flower $(FLOWER)) $(if $(findstring pfl,$(EXTRAS)),-p pfl 128)
 	$(BIN)/python -m fedssg_helpers run --only explorer --out out/results-explorer --resume -p again true

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -18,7 +18,7 @@ from . import generator, metrics, protection, sharing
 from .errors import require
 from .keys import rng
 from .methods import PARTS, Method, RealImages, Sharing
-from .models import SmallCNN, augment, plausible_orientations, predict, scale
+from .models import Flat, augment, plausible_orientations, predict, resized, scale
 from .partition import Client
 
 MOMENTUM, WEIGHT_DECAY = 0.9, 5e-4  # of local SGD
@@ -128,7 +128,7 @@ def train_local(
     `method.view`. A ValueError where there are no images, or a label out of range.
     """
     require(len(labels) > 0, "the number of images to train on", 0, "at least 1")
-    classes, (low, high) = net.head.out_features, (int(labels.min()), int(labels.max()))
+    classes, (low, high) = net.classes, (int(labels.min()), int(labels.max()))
     require(0 <= low <= high < classes, "the range of the labels", (low, high), f"within 0 to {classes - 1}")
     net.train()
     net.weights.copy_(start)
@@ -164,13 +164,13 @@ def steps_of(images: int, epochs: int = 1, batch: int = 32) -> int:
     return epochs * math.ceil(images / batch)
 
 
-def staying(net: SmallCNN, stays: str) -> torch.Tensor:
+def staying(net: Flat, stays: str) -> torch.Tensor:
     """Which weights (P,), bool, never leave their hospital, see `methods.Method`."""
     every = torch.full_like(net.weights, stays == "all", dtype=torch.bool)
     return net.norms().to(every.device) if stays == "norm" else every
 
 
-def evaluate(net: SmallCNN, weights, test: Client, classes: int, devices: int, method=Method(), styles=None):
+def evaluate(net: Flat, weights, test: Client, classes: int, devices: int, method=Method(), styles=None):
     """Test confusion matrices per device, int64 array (D, C, C), of the model with these weights (P,)."""
     net.eval()
     net.weights.copy_(weights)
@@ -213,6 +213,11 @@ def synthesise(data: Client, wanted: np.ndarray, k: int, seed: int, how=Sharing(
     return Client(torch.cat(images), cells // devices, cells % devices), rejected
 
 
+def small(data: Client) -> Client:
+    """The images as a generator sees them: with sides of `generator.SIDE` pixels at most."""
+    return replace(data, images=resized(data.images, min(data.images.shape[-1], generator.SIDE)))
+
+
 def chosen(data: Client, wanted: np.ndarray, random: np.random.Generator) -> Client:
     """The oracle's upload: `wanted` (C, D) of a hospital's *real* images, or all where it has fewer."""
     cell = (data.labels * wanted.shape[1] + data.device).numpy()
@@ -240,12 +245,12 @@ def report(hospital: Hospital, content: dict, net) -> dict:
 def generate(hospital: Hospital, content: dict, net) -> dict:
     """Train the generator, and send as many samples of each cell as are wanted."""
     began, k, seed, how = time.thread_time(), hospital.k, content["seed"], content["sharing"]
-    wanted = content["wanted"].numpy()
+    wanted, data = content["wanted"].numpy(), small(hospital.data)
     if isinstance(how.source, RealImages):
         rejected = np.zeros_like(wanted)
-        samples = chosen(hospital.data, wanted, rng(seed, "real upload", k))
+        samples = chosen(data, wanted, rng(seed, "real upload", k))
     else:
-        samples, rejected = synthesise(hospital.data, wanted, k, seed, how, hospital.orientations)
+        samples, rejected = synthesise(data, wanted, k, seed, how, hospital.orientations)
     answer = {"labels": samples.labels, "device": samples.device, "rejected": torch.from_numpy(rejected)}
     return answer | {"pictures": sharing.packed(samples.images), "seconds": time.thread_time() - began}
 
@@ -256,12 +261,13 @@ def receive(hospital: Hospital, content: dict, net) -> dict:
         random = rng(content["seed"], "copies", hospital.k)
         hospital.keep(copies(hospital.data, content["copies"].numpy(), random))
     else:
-        images = sharing.unpacked(content["pictures"], *hospital.data.images.shape[1:3])
-        hospital.keep(Client(images, content["labels"], content["device"]))
+        channels, size = hospital.data.images.shape[1:3]
+        images = sharing.unpacked(content["pictures"], channels, min(size, generator.SIDE))
+        hospital.keep(Client(resized(images, size), content["labels"], content["device"]))
     return {}
 
 
-def update(hospital: Hospital, content: dict, net: SmallCNN) -> dict:
+def update(hospital: Hospital, content: dict, net: Flat) -> dict:
     """One round of local training, from the server's weights. Raises `Absence` where `Faults` say so."""
     began, home, own = time.thread_time(), hospital.home, len(hospital.data)
     method, weights, seed, r = (content[name] for name in ("method", "weights", "seed", "round"))
@@ -282,7 +288,7 @@ def update(hospital: Hospital, content: dict, net: SmallCNN) -> dict:
     return answer | {"seconds": time.thread_time() - began}
 
 
-def test(hospital: Hospital, content: dict, net: SmallCNN) -> dict:
+def test(hospital: Hospital, content: dict, net: Flat) -> dict:
     """Confusion matrices (D, C, C) of the server's weights, and its own that stay, on its share of the test images."""
     weights, method = content["weights"], content["method"]
     weights = torch.where(staying(net, method.stays), hospital.home.get("own", weights), weights)

@@ -273,7 +273,9 @@ def _ham10000(folder: Path, size: int) -> ImageSet:
     arrays = read_npz(path, "Prepare it again.")
     need(arrays, ("device", "lesion_id", "class_names"), path)
     licence, images = f"CC BY-NC 4.0 {HAM}", _image_set(arrays, path, size, "lesion_id")
-    return replace(images, name="ham10000", licence=licence, group=same_lesions(arrays["lesion_id"].astype(str)))
+    return replace(
+        images, name="ham10000", licence=licence, group=same_lesions(arrays["lesion_id"].astype(str))
+    )
 
 
 def _medmnist(name: str, folder: Path, size: int) -> ImageSet:
@@ -321,7 +323,9 @@ def _with_sources(images: ImageSet, path: Path) -> ImageSet:
     names, device = np.unique([row["device"] for row in rows], return_inverse=True)
     group = same_lesions(np.array([row["lesion_id"] for row in rows]))
     licence = f"{images.licence}; devices and lesions {HAM}"
-    return replace(images, device=device, group=group, devices=tuple(names.tolist()), licence=licence, official_test=None)
+    return replace(
+        images, device=device, group=group, devices=tuple(names.tolist()), licence=licence, official_test=None
+    )
 
 
 def _medmnist_info(flag: str, size: int) -> dict:

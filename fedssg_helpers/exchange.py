@@ -6,7 +6,7 @@ It asks through a *channel*, see `server`.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,9 +14,10 @@ import torch
 from . import checks, sharing
 from .client import train_local
 from .errors import require
+from .generator import SIDE
 from .keys import rng
 from .methods import AsIs, Balanced, Copies, Method, RealImages, Sharing
-from .models import SmallCNN, plausible_orientations
+from .models import Flat, plausible_orientations, resized
 from .partition import Client
 
 SAMPLES = ("bytes_samples_up", "bytes_samples_down")
@@ -44,6 +45,11 @@ class Reports:
     shape: tuple[int, int, int]  # of an image
     testers: list[int]  # hospitals with test images
 
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        """Of a sample: large images are made smaller for the generator."""
+        return (self.shape[0], *(min(side, SIDE) for side in self.shape[1:]))
+
 
 def gather_reports(channel, hospitals: int, styles: bool) -> Reports:
     """Ask all hospitals what they have. A ValueError where one does not answer or does not fit the others."""
@@ -65,7 +71,7 @@ def gather_reports(channel, hospitals: int, styles: bool) -> Reports:
 def exchange(channel, reports: Reports, how: Sharing, seed: int) -> Shared:
     """Plan, ask every hospital for its samples, check them, and say who receives which of the pool."""
     agreed, costs = sharing.plan(reports.have, how.rule, how.budget), dict.fromkeys(COSTS, 0.0)
-    none = torch.empty(0, *reports.shape, dtype=torch.uint8), *torch.empty(2, 0, dtype=torch.int64)
+    none = torch.empty(0, *reports.sample_shape, dtype=torch.uint8), *torch.empty(2, 0, dtype=torch.int64)
     uploads, refused, rejected, sizes = {}, {}, np.zeros_like(agreed.want), {}
     oracle = isinstance(how.source, RealImages)  # a bound, not a protocol: its images are not judged
     asked = {k: dict(seed=seed, sharing=how, wanted=torch.from_numpy(x)) for k, x in enumerate(agreed.upload)}
@@ -73,7 +79,9 @@ def exchange(channel, reports: Reports, how: Sharing, seed: int) -> Shared:
         if answer:
             why = checks.misfit(answer, seconds=0, rejected=asked[k]["wanted"])
             if not why:
-                uploads[k], why = checks.opened(answer, agreed.upload[k], reports.shape, any_size=oracle)
+                uploads[k], why = checks.opened(
+                    answer, agreed.upload[k], reports.sample_shape, any_size=oracle
+                )
         if why:
             refused[k], uploads[k] = why, none
         else:
@@ -102,7 +110,7 @@ def hand_out(channel, shared: Shared) -> list[tuple[int, int, str]]:
     return [(0, k, f"received nothing: {why}") for k, _, why in channel.ask("receive", contents) if why]
 
 
-def pretrain(net: SmallCNN, pool, steps: int, seed: int, lr=0.05, *, view=AsIs(), styles=None):
+def pretrain(net: Flat, pool, steps: int, seed: int, lr=0.05, *, view=AsIs(), styles=None):
     """The server's own training of the first global weights (P,) on the pool: no real image, no hospital's step."""
     weights, images, labels = net.weights.clone(), pool.images.to(net.weights.device), pool.labels
     known = dict(method=Method(batches=Balanced(), view=view), styles=styles, steps=steps // 4, batch=64)
@@ -124,13 +132,14 @@ def before_the_rounds(channel, reports: Reports, method: Method, seed: int, net,
     shared, began = exchange(channel, reports, how, seed), time.thread_time()
     missed = [(0, k, why) for k, why in sorted(shared.refused.items())]
     if how.pretrain_steps and len(shared.pool) and fresh:  # a hospital that is alone has no pool
-        weights = pretrain(net, shared.pool, how.pretrain_steps, seed, view=method.view, **styles)
+        whole = replace(shared.pool, images=resized(shared.pool.images, reports.shape[1]))
+        weights = pretrain(net, whole, how.pretrain_steps, seed, view=method.view, **styles)
     shared.costs["server_seconds"] = time.thread_time() - began
     if how.to == "hospitals":
         missed += hand_out(channel, shared)
     elif how.to == "server only":
         needed = "samples, so two hospitals that can generate any"
         require(len(shared.pool) > 0, "the pool that the server trains on", "empty", needed)
-        pool = Client(shared.pool.images, shared.pool.labels, shared.pool.device)
+        pool = Client(resized(shared.pool.images, reports.shape[1]), shared.pool.labels, shared.pool.device)
     up, down = (shared.costs[name] for name in SAMPLES)
     return weights, shared.costs | {"bytes_up": up, "bytes_down": down}, missed, pool

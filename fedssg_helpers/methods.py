@@ -24,7 +24,7 @@ from .described import describe as describe
 from .dpsgd import DPSGD as DPSGD
 from .errors import require
 from .generator import ClosedForm
-from .models import normalise, scale
+from .models import Backbone, normalise, scale
 from .protection import Protection
 from .sharing import Budget
 
@@ -266,12 +266,15 @@ class Method:
     sharing: object = None  # Sharing(...), Copies(...) or nothing
     server: object = Mean()
     stays: str = ""  # weights that stay at home: "norm" (FedBN, arXiv 2102.07623), "all" (it trains alone)
+    network: object = (
+        Backbone()
+    )  # makes the classifier: network(channels, classes, seed, compute), a `models.Flat`
     pooled: bool = False  # all real images in one place: the bound that methods are judged by, not federated
 
     def __post_init__(self):
         require(0 < self.lr < np.inf, "lr", self.lr, "above 0")
         require(self.stays in ("", "norm", "all"), "stays", self.stays, "'', 'norm' or 'all'")
-        _callable(self, "loss batches gradient view server")
+        _callable(self, "loss batches gradient view server network")
         for name, base in (("gradient", Plain), ("view", AsIs), ("sharing", Sharing | Copies | None)):
             value = getattr(self, name)
             require(isinstance(value, base), name, value, f"of (a class derived from) {base}")

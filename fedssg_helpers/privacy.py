@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pickle
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from itertools import cycle
 
 import cloudpickle
@@ -17,11 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import metrics, partition, runs, server
-from .client import evaluate, synthesise
+from .client import evaluate, small, synthesise
 from .generator import MINIMUM
 from .keys import one_thread, rng
 from .methods import Sharing
-from .models import SmallCNN, augment, plausible_orientations
+from .models import SmallCNN, augment, plausible_orientations, resized
 from .partition import Client
 from .protection import apart, distances
 from .sharing import Plan, Pool, reports
@@ -86,6 +87,7 @@ def membership(clients, outside: Client, pool: Pool, *, groups=None, seed=0, mos
     most `most` members and non-members of a cell: source, class, device, held (images of the cell at the source),
     member, nearest, subspace. Cells with fewer than two outside images are left out.
     """
+    clients, outside = [small(client) for client in clients], small(outside)
     groups, parts = np.arange(len(outside)) if groups is None else np.asarray(groups), []
     planes = {k: subspace(pool.images[pool.source == k]) for k in pool.source.unique().tolist()}
     for (k, c, d), inside, others, rows, orientations in _cells(clients, outside, pool):
@@ -151,7 +153,7 @@ def pairs(clients: list[Client], outside: Client, pool: Pool, seed: int = 0) -> 
     `protection.apart`), ratio: distance to the nearest training image over that to the nearest outside image, both out
     of equally many (1: a sample knows training images no better than unseen ones; NaN: there are no unseen ones).
     """
-    parts = []
+    parts, clients, outside = [], [small(client) for client in clients], small(outside)
     for (k, c, d), inside, others, rows, orientations in _cells(clients, outside, pool):
         if len(inside) < MINIMUM:
             continue
@@ -217,6 +219,7 @@ def canaries(clients, outside: Client, agreed: Plan, seed: int, how: Sharing, *,
     cells = sorted((len(_rows(clients[k], c, d)), k, c, d) for k, c, d in np.argwhere(agreed.upload).tolist())
     if not cells:
         raise ValueError("nothing is shared under this plan, so there is no cell to plant a canary in")
+    clients, outside = [small(client) for client in clients], small(outside)
     rows, planted, nearest = [], [], []
     for i, (held, k, c, d) in zip(range(number), cycle(cells)):
         own, unseen = clients[k].images[_rows(clients[k], c, d)], outside.images[_rows(outside, c, d)]
@@ -263,6 +266,7 @@ def taught(pool: Pool, federation: partition.Federation, seed: int, steps: int =
     """What samples teach: recall of each class (C,) on real test images, after `steps` of training on samples alone."""
     sizes = len(federation.classes), len(federation.devices)
     net = SmallCNN(pool.images.shape[1], sizes[0], seed)
+    pool = replace(pool, images=resized(pool.images, federation.test.images.shape[-1]))
     weights = server.pretrain(net, pool, steps, seed)
     return metrics.recall(evaluate(net, weights, federation.test, *sizes).sum(0))
 

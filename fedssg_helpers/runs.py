@@ -31,6 +31,7 @@ from . import data as sources
 from . import metrics, partition, server
 from .errors import require
 from .methods import METHODS, Method, describe
+from .models import Backbone, compute_device
 from .server import Run
 
 COUNTED = """errors keys metrics devices data partition models generator protection dpsgd sharing methods client checks
@@ -51,6 +52,9 @@ class Job:
     validation: bool = False
     recipe: Method | None = None
     size: int = 28
+    network: str = "smallcnn"  # see `models.Backbone`
+    weights: str = ""
+    compute: str = "cpu"  # see `models.compute_device`
 
 
 def out_folder(out: str = "") -> Path:
@@ -85,7 +89,10 @@ def recipe(job: Job) -> Method:
     """What a job runs; a ValueError for a name that is not in `METHODS` and brings no recipe."""
     if job.recipe is None and job.method not in METHODS:
         raise ValueError(f"there is no method {job.method!r}; the methods are {', '.join(METHODS)}")
-    return job.recipe or METHODS[job.method]
+    method = job.recipe or METHODS[job.method]
+    return (
+        method if job.network == "smallcnn" else replace(method, network=Backbone(job.network, job.weights))
+    )
 
 
 @functools.lru_cache(maxsize=2)
@@ -189,7 +196,13 @@ def _compute(job: Job, file: Path, tick=lambda: None, workers: int = 1) -> None:
     go_on = restore(state, file.stem) if state.exists() else None
     for _ in range(len(go_on.took_part) if go_on else 0):
         tick()
-    known = {"rounds": job.rounds, "workers": workers, "go_on": go_on, "after_round": after_round}
+    known = {
+        "compute": compute_device(job.compute),
+        "rounds": job.rounds,
+        "workers": workers,
+        "go_on": go_on,
+        "after_round": after_round,
+    }
     run = server.run(federation_of(job), recipe(job), job.seed, **known)
     run.memory = {}
     save(run, file, file.stem)

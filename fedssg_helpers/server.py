@@ -23,7 +23,7 @@ from .exchange import Shared, before_the_rounds, gather_reports
 from .exchange import pretrain as pretrain
 from .keys import one_thread, rng
 from .methods import Method, Sharing
-from .models import SmallCNN
+from .models import Flat
 from .partition import Client, Federation
 
 
@@ -51,7 +51,7 @@ class Threads:
     returns what a faulty or hostile hospital k sends in place of its answer; for lessons and tests.
     """
 
-    def __init__(self, hospitals: list[Hospital], nets: list[SmallCNN], tamper=None):
+    def __init__(self, hospitals: list[Hospital], nets: list[Flat], tamper=None):
         self.hospitals, self.tamper, self.free, self.workers = hospitals, tamper, SimpleQueue(), len(nets)
         self.compute = nets[0].weights.device
         for net in nets:
@@ -195,7 +195,7 @@ def serve(
     require(epochs >= 1, "epochs", epochs, "at least 1")
     look = method.view.needs_styles or bool(getattr(method.sharing, "edit", None))
     reports = gather_reports(channel, hospitals, look)
-    net = SmallCNN(reports.shape[0], reports.have.shape[1], seed, channel.compute)
+    net = method.network(reports.shape[0], reports.have.shape[1], seed, channel.compute)
     styles = {"styles": reports.styles.to(channel.compute)} if method.view.needs_styles else {}
     fresh = go_on is None
     weights, costs, missed, pool = before_the_rounds(channel, reports, method, seed, net, styles, fresh)
@@ -246,7 +246,7 @@ def in_process(federation, method, seed, workers=1, tamper=None, compute="cpu") 
     owner = home_of_tests(federation, seed) if method.stays else torch.arange(len(test)) // 512 % len(clients)
     parts = [test.take(owner == k) for k in range(len(clients))]
     hospitals = [Hospital(k, clients[k], parts[k], *names, compute=compute) for k in range(len(clients))]
-    nets = [SmallCNN(test.images.shape[1], len(names[0]), seed, compute) for _ in range(workers)]
+    nets = [method.network(test.images.shape[1], len(names[0]), seed, compute) for _ in range(workers)]
     return Threads(hospitals, nets, tamper)
 
 

@@ -392,7 +392,9 @@ def test_explorer_page(monkeypatch):
         set(known["table"].shared) == set(known["RULES"])
         and known["table"].balanced_accuracy.between(0, 1).all()
     )
-    assert known["table"].groupby(["alpha", "shared", "receive"]).size().nunique() == 1, "as many seeds behind each bar"
+    assert known["table"].groupby(["alpha", "shared", "receive"]).size().nunique() == 1, (
+        "as many seeds behind each bar"
+    )
     rules, after = list(known["RULES"]), r", (\d+) after"
     texts = {rule: said(known["draw"](0.3, rule, 100, 0.9)) for rule in (rules[0], rules[-1])}
     nothing, ours = texts.values()

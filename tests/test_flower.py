@@ -24,6 +24,7 @@ from fedssg_helpers import runs, server
 from fedssg_helpers.client import Absence, Faults
 from fedssg_helpers.data import DataError
 from fedssg_helpers.methods import METHODS, Clipped, Median, Method, Scaffold, Sharing
+from fedssg_helpers.models import Backbone, resized
 from fedssg_helpers.partition import Client
 from fedssg_helpers.protection import Protection
 from fedssg_helpers.sharing import Budget
@@ -98,8 +99,8 @@ def serve(app, three, tmp_path, monkeypatch):
     def unchanged(k, question, answer):
         return answer
 
-    def run(method, seed=0, change=unchanged, *, hospitals=3, **settings):
-        app.task.save_hospitals(three, tmp_path, seed)
+    def run(method, seed=0, change=unchanged, *, hospitals=3, federation=three, **settings):
+        app.task.save_hospitals(federation, tmp_path, seed)
         nodes, calls = {random.getrandbits(60): k for k in range(3)}, []
         contexts = {}
         for node, k in nodes.items():
@@ -160,6 +161,18 @@ MIXED = (
 @pytest.mark.parametrize("method", MIXED)
 def test_parts_travel_together(serve, three, method):
     same(serve(method, epochs=2)[0], server.run(three, method, 0, rounds=2, epochs=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fedavg", "fedssg"])
+def test_a_torchvision_network_at_64_pixels(serve, three, name):
+    def larger(own):
+        return replace(own, images=resized(own.images, 64).contiguous()).take(slice(0, 40))
+
+    hospitals = replace(three, clients=[*map(larger, three.clients)], test=larger(three.test))
+    method = replace(quick(METHODS[name]), network=Backbone("resnet18"))
+    theirs, _ = serve(method, rounds=2, federation=hospitals)
+    same(theirs, server.run(hospitals, method, 0, rounds=2))
 
 
 def test_hospitals_drop_out_as_in_one_process(serve, three):

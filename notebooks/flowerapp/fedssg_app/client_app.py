@@ -7,6 +7,7 @@ from flwr.clientapp import ClientApp
 
 from fedssg_helpers.client import ANSWERS, Absence
 from fedssg_helpers.keys import one_thread
+from fedssg_helpers.models import Backbone
 
 from . import task
 
@@ -19,9 +20,11 @@ def answering(question: str):
     def handle(message: Message, context: Context) -> Message:
         try:
             hospital = task.hospital_of(context)
-            net = task.network(hospital.data.images.shape[1], len(hospital.classes))
+            content = task.decode(message.content)
+            made_by = content["method"].network if "method" in content else Backbone()
+            net = task.network(made_by, hospital.data.images.shape[1], len(hospital.classes))
             with one_thread():
-                answer = ANSWERS[question](hospital, task.decode(message.content), net)
+                answer = ANSWERS[question](hospital, content, net)
             task.keep(hospital, context.state)
             answer |= {"hospital": hospital.k}
         except Absence as absence:

@@ -14,7 +14,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, RecordDict
 from fedssg_helpers.client import Hospital
 from fedssg_helpers.data import DataError, need, read_npz
 from fedssg_helpers.methods import describe, rebuild
-from fedssg_helpers.models import SmallCNN
+from fedssg_helpers.models import Flat
 from fedssg_helpers.partition import Client, Federation
 from fedssg_helpers.server import home_of_tests
 
@@ -128,6 +128,6 @@ def remember(hospital: Hospital, state: RecordDict) -> None:
 
 
 @lru_cache(maxsize=2)
-def network(channels: int, classes: int) -> SmallCNN:
+def network(made_by, channels: int, classes: int) -> Flat:
     """Scratch space for a hospital's answers, made once per process."""
-    return SmallCNN(channels, classes)
+    return made_by(channels, classes)

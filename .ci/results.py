@@ -1,0 +1,111 @@
+"""What is left of data/results/accuracy.csv, made in order of importance: python .ci/results.py [minutes].
+
+Seeds come before settings, settings before methods. One call of A1 is one seed, so that an interruption loses little.
+With `minutes`, no new seed is begun after so many minutes. It never makes a row again that the file has.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from fedssg_helpers.__main__ import step_seconds
+from fedssg_helpers.methods import METHODS
+
+FILE = ROOT / "data" / "results" / "accuracy.csv"
+FIRST, BUDGETS = 1000, 6
+MAIN = "fedavg+la,fedssg,uniform_shuffle,oracle_real,centralised"
+CORE = f"{MAIN},fedavg,balanced_sampling,duplication"
+TEN = {"data": "ham10000", "hospitals": 10, "rounds": 40, "setting": "ten_hospitals", "images": 7500}
+HAM = TEN | {"hospitals": 0, "setting": "by_device"}
+DERMA = HAM | {"data": "dermamnist", "rounds": 15}
+PHANTOM = {"data": "phantom", "hospitals": 0, "rounds": 15, "setting": "ten_hospitals", "images": 3365}
+RULES = "fedssg,uniform_shuffle"
+PLAN = [  # what, seeds, methods, rules whose budget is varied
+    (HAM, 5, MAIN, RULES),
+    (HAM, 10, CORE, RULES),
+    (TEN, 10, CORE, RULES),
+    (HAM, 20, MAIN, ""),
+    (DERMA, 10, CORE, RULES),
+    (PHANTOM, 10, CORE, RULES),
+    (HAM, 10, "", "class_only,device_only,oracle_real,duplication"),
+    (HAM, 10, ",".join(METHODS), ""),
+    *(
+        (setting, 10, "", "class_only,device_only,oracle_real,duplication")
+        for setting in (TEN, DERMA, PHANTOM)
+    ),
+]
+
+
+def missing(what: dict, seed: int, methods: str, rules: str) -> tuple[list[str], list[str], float]:
+    """Methods and rules that the file lacks for a seed, and their work, in whole runs of this setting."""
+    here = (made.dataset == what["data"]) & (made.setting == what["setting"]) & (made.seed == seed)
+    there = set(made.method[here])
+    lacking = [name for name in filter(None, methods.split(",")) if name not in there]
+    varied = [name for name in filter(None, rules.split(",")) if f"{name}: receive=25" not in there]
+    trials = sum(
+        {"fedprox": 9, "fedavgm": 9}.get(name, 5 if METHODS[name].sharing else 3) for name in lacking
+    )
+    return lacking, varied, len(lacking) + trials * 0.75 * 10 / what["rounds"] + BUDGETS * len(varied)
+
+
+def command(what: dict, seed: int, methods: list[str], rules: list[str]) -> list[str]:
+    """The call of A1."""
+    options = {
+        "rounds": what["rounds"],
+        "hospitals": what["hospitals"],
+        "seed": seed,
+        "seeds": 1,
+        "tuning": 10,
+    }
+    options |= {
+        "methods": ",".join(methods) or "none",
+        "budgets": ",".join(rules),
+        "only_missing": "true",
+        "results": FILE,
+    }
+    words = [word for name, value in options.items() for word in ("-p", name, str(value))]
+    return [
+        sys.executable,
+        "-m",
+        "fedssg_helpers",
+        "run",
+        "--only",
+        "A1",
+        "--data",
+        what["data"],
+        "--out",
+        "out/results",
+        *words,
+    ]
+
+
+if __name__ == "__main__":
+    end = time.monotonic() + 60 * float(sys.argv[1] if len(sys.argv) > 1 else "inf")
+    todo, step = (
+        [(what, FIRST + s, *rest) for what, seeds, *rest in PLAN for s in range(seeds)],
+        step_seconds(3, 28),
+    )
+    while time.monotonic() < end:
+        made = pd.read_csv(FILE)
+        left = [(what, seed, *missing(what, seed, *rest)) for what, seed, *rest in todo]
+        left = [entry for entry in left if entry[-1]]
+        minutes = sum(runs * what["rounds"] * what["images"] / 32 * step for what, *_, runs in left) / 60 / 2
+        print(
+            f"left: {len(left)} calls, {sum(entry[-1] for entry in left):.0f} whole runs, about {minutes:.0f} minutes"
+        )
+        if not left:
+            break
+        what, seed, methods, rules, _ = left[0]
+        print(
+            f"{what['data']}, {what['setting']}, seed {seed}: {', '.join(methods)}; budgets: {', '.join(rules)}",
+            flush=True,
+        )
+        if subprocess.run(command(what, seed, methods, rules), cwd=ROOT).returncode:
+            sys.exit("this call failed; its words are above")
