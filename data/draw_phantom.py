@@ -15,7 +15,7 @@ shape and structure rather than in one average colour:
     fibroma    white scar-like centre in a faint brown ring
 
 Colour is mixed as skin does it: light is absorbed by melanin and by blood (Beer-Lambert), then scattered by
-white keratin or scar. Every drawing is four times finer than what is stored. The file holds clean drawings;
+white keratin or scar. Every drawing is finer than what is stored (four times at 28 pixels). The file holds clean drawings;
 the devices are applied on loading, by the code that also simulates them for MedMNIST. The same code gives
 the same bytes.
 """
@@ -220,10 +220,11 @@ def skin(random, u, v) -> np.ndarray:
     return np.array([0.97, 0.86, 0.80]) * np.exp(-melanin[..., None] * MELANIN - blood[..., None] * BLOOD)
 
 
-def draw(label: int, lesion: int, view: int, seed: int = SEED) -> np.ndarray:
-    """One view of one lesion, uint8 (28, 28, 3). Views differ in turn, place, zoom, light and hair."""
+def draw(label: int, lesion: int, view: int, seed: int = SEED, size: int = SIZE) -> np.ndarray:
+    """One view of one lesion, uint8 (size, size, 3). Views differ in turn, place, zoom, light and hair."""
     what, how = rng(seed, "lesion", lesion), rng(seed, "view", lesion, view)
-    y, x = np.meshgrid(*[(np.arange(SIZE * FINE) + 0.5) / (SIZE * FINE / 2) - 1] * 2, indexing="ij")
+    fine = max(1, round(SIZE * FINE / size))
+    y, x = np.meshgrid(*[(np.arange(size * fine) + 0.5) / (size * fine / 2) - 1] * 2, indexing="ij")
     angle, zoom = how.uniform(0, 2 * np.pi), how.uniform(0.92, 1.08)
     dx, dy = how.normal(0, 0.07, 2)
     u = (np.cos(angle) * (x - dx) + np.sin(angle) * (y - dy)) / zoom
@@ -242,13 +243,15 @@ def draw(label: int, lesion: int, view: int, seed: int = SEED) -> np.ndarray:
         image = image * (1 - 0.75 * hair) + 0.75 * hair * np.array([0.13, 0.09, 0.07])
     side = how.uniform(0, 2 * np.pi)
     image = image * how.uniform(0.94, 1.04) * (1 + 0.05 * (np.cos(side) * x + np.sin(side) * y))[..., None]
-    image = image.reshape(SIZE, FINE, SIZE, FINE, 3).mean((1, 3))
+    image = image.reshape(size, fine, size, fine, 3).mean((1, 3))
     return (np.rint(image.clip(0, 1) * 255 / STEP) * STEP).clip(0, 255).astype(np.uint8)
 
 
-def draw_all(seed: int = SEED) -> dict[str, np.ndarray]:
-    """The arrays of phantom.npz: images (N, 28, 28, 3) uint8, labels, device, group (N,), class_names
-    (6,)."""
+def draw_all(seed: int = SEED, size: int = SIZE, first: int | None = None) -> dict[str, np.ndarray]:
+    """The arrays of phantom.npz: images (N, size, size, 3) uint8, labels, device, group (N,), class_names (6,).
+
+    With `first`, only so many images of the whole set.
+    """
     random = rng(seed, "phantom census")
     kinds = random.permutation(
         np.repeat(np.arange(len(CLASSES)), np.rint(LESIONS * np.array(SHARES)).astype(int))
@@ -257,12 +260,13 @@ def draw_all(seed: int = SEED) -> dict[str, np.ndarray]:
     group = np.repeat(np.arange(len(kinds)), views)
     labels = kinds[group]
     view = np.arange(len(group)) - np.repeat(np.cumsum(views) - views, views)
-    images = np.stack([draw(label, lesion, i, seed) for label, lesion, i in zip(labels, group, view)])
+    device, wanted = devices.assign(labels, group, seed), slice(first)
+    parts = zip(labels[wanted], group[wanted], view[wanted])
     return dict(
-        images=images,
-        labels=labels.astype(np.uint8),
-        group=group.astype(np.int16),
-        device=devices.assign(labels, group, seed).astype(np.uint8),
+        images=np.stack([draw(label, lesion, i, seed, size) for label, lesion, i in parts]),
+        labels=labels[wanted].astype(np.uint8),
+        group=group[wanted].astype(np.int16),
+        device=device[wanted].astype(np.uint8),
         class_names=np.array(CLASSES),
     )
 

@@ -79,7 +79,7 @@ def load(name="phantom", folder=None, size: int = 28) -> ImageSet:
     """
     name, folder = str(name), data_folder(folder)
     if name == "phantom":
-        return _phantom(size)
+        return phantom(size)
     if name == "ham10000":
         return _ham10000(folder, size)
     if name.endswith(".npz"):
@@ -258,12 +258,18 @@ def _simulated(clean: ImageSet, device: np.ndarray, **changes) -> ImageSet:
     return replace(clean, images=images, device=device, devices=names, simulated=True, **changes)
 
 
-def _phantom(size: int) -> ImageSet:
-    """The drawn phantoms: the file holds clean drawings (they pack well)."""
-    path, licence = PROJECT_DATA / "phantom.npz", "as the project's own code (drawn by data/draw_phantom.py)"
-    require(size == 28, path, f"size is {size}, but the phantoms are built in at 28 only. Give size 28.")
-    clean = _image_set(read_npz(path, NO_CLONE), path, size)
-    return _simulated(clean, clean.device, licence=licence)
+def phantom(size: int = 28, first: int | None = None) -> ImageSet:
+    """The built-in phantoms: a file holds them at 28 pixels; they are drawn anew at others (all: a minute), or the `first`."""
+    path, script = PROJECT_DATA / "phantom.npz", PROJECT_DATA / "draw_phantom.py"
+    require(SMALLEST <= size <= LARGEST, path, f"size is {size}. Give {SMALLEST} to {LARGEST} pixels.")
+    arrays = read_npz(path, NO_CLONE)
+    if size != 28:
+        arrays = runpy.run_path(str(script))["draw_all"](size=size, first=first)
+    clean = _image_set(
+        {name: part[:first] if name != "class_names" else part for name, part in arrays.items()}, path, size
+    )
+    clean = replace(clean, licence="as the project's own code (drawn by data/draw_phantom.py)")
+    return _simulated(clean, clean.device)
 
 
 def _ham10000(folder: Path, size: int) -> ImageSet:
