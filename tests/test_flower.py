@@ -359,6 +359,21 @@ def test_a_supernode_must_say_what_it_holds(app, three, tmp_path, monkeypatch):
     assert "hospital_1/data.npz" in why(partition_id=1, data=str(file))
 
 
+def test_another_machine_reaches_the_server(app, three, tmp_path, start):
+    """127.0.0.2 plays it: the server listens there too, and its certificate is for this address."""
+    port, address = app.deploy.free_port(), "127.0.0.2"
+    app.deploy.prepare(three, tmp_path, 0, port, address)
+    lines = app.deploy.commands(3, False, port, address)
+    assert f"--superlink {address}:{port} " in lines["hospital 0"]
+    app.deploy.until_listening(port, start("server", lines["server"]))
+    trusting = ssl.create_default_context(cafile=tmp_path / "hospital_0" / "ca.crt")
+    try:
+        raw = socket.create_connection((address, port))
+    except OSError:
+        pytest.skip("this system has one loopback address only")
+    trusting.wrap_socket(raw, server_hostname=address).close()
+
+
 def test_secrets_are_for_their_owner_alone(app, three, tmp_path):
     files = app.deploy.prepare(three, tmp_path)
     assert {file.stat().st_mode & 0o777 for file in files if file.suffix == ".key"} == {0o600}

@@ -12,7 +12,7 @@ from slices import needed
 
 from fedssg_helpers import course
 
-LESSONS = course.lessons()
+LESSONS = course.lessons(only=["0", "A4"])  # those with exercises
 SMALL = {"rounds": 2, "seeds": 1}  # what an exercise asks does not depend on how long the runs before it are
 
 

@@ -38,7 +38,8 @@ root-certificates = "{folder}/ca.crt"
 """
 # Ray gives its agent 15 seconds to start (github.com/ray-project/ray, issue 65983): too few on a busy machine.
 TRIES, SLOW = 3, "timed out during startup"
-SUPERLINK = "flower-superlink --host 127.0.0.1 --port {port} --disable-runtime-dependency-installation"
+HERE, EVERYWHERE = "127.0.0.1", "0.0.0.0"
+SUPERLINK = "flower-superlink --host {host} --port {port} --disable-runtime-dependency-installation"
 
 
 def settings(values: dict) -> str:
@@ -118,7 +119,9 @@ def _flwr_run(folder: Path, federation: str, tell) -> list[str]:
     port, said = free_port(), []
     (folder / "config.toml").write_text(CONFIG.format(port=port, folder=folder))
     line = ["flwr", "run", str(APP), "simulation", "--stream", "--run-config", str(folder / "run.toml")]
-    with program([*SUPERLINK.format(port=port).split(), "--simulation", "--insecure"], folder) as superlink:
+    with program(
+        [*SUPERLINK.format(host=HERE, port=port).split(), "--simulation", "--insecure"], folder
+    ) as superlink:
         until_listening(port, superlink)
         with program([*line, "--federation-config", federation], folder, subprocess.PIPE) as run:
             for text in run.stdout:
@@ -188,8 +191,15 @@ def identity() -> tuple[bytes, bytes]:
     return secret, key.public_key().public_bytes(ssh, kinds.PublicFormat.OpenSSH)
 
 
-def prepare(federation: Federation, folder, seed: int = 0, port: int = 9092) -> list[Path]:
+def prepare(
+    federation: Federation, folder, seed: int = 0, port: int = 9092, address: str = HERE
+) -> list[Path]:
     """Fill one folder per participant: server, researcher, hospital_0, ... Each holds all that its owner has.
+
+    Parameters
+    ----------
+    address : str
+        Where hospitals reach the server: its certificate is for this address, and for this machine.
 
     Returns
     -------
@@ -202,7 +212,7 @@ def prepare(federation: Federation, folder, seed: int = 0, port: int = 9092) -> 
         Path(folder).resolve(),
         trustme.CA(),
     )  # its key is kept nowhere, so nobody can sign a second server
-    authority, server = ca.cert_pem.bytes(), ca.issue_cert("localhost", "127.0.0.1")
+    authority, server = ca.cert_pem.bytes(), ca.issue_cert(*dict.fromkeys(("localhost", HERE, address)))
     config = CONFIG.format(port=port, folder=folder / "researcher")
     files = {"server/ca.crt": authority, "server/server.crt": server.cert_chain_pems[0].bytes()}
     files |= {"server/server.key": server.private_key_pem.bytes(), "researcher/ca.crt": authority}
@@ -225,7 +235,9 @@ def app_files() -> list[Path]:
     return [APP / "pyproject.toml", APP / "LICENSE", *Path(__file__).parent.glob("*.py")]
 
 
-def commands(hospitals: int, simulated: bool, port: int = 9092, **config) -> dict[str, str]:
+def commands(
+    hospitals: int, simulated: bool, port: int = 9092, address: str = HERE, **config
+) -> dict[str, str]:
     """What each participant types, in this order, in a terminal of its own that is in the folder of `prepare`.
 
     Parameters
@@ -234,10 +246,12 @@ def commands(hospitals: int, simulated: bool, port: int = 9092, **config) -> dic
         True: the hospitals are simulated by one process. False: each is a process with its own file, over TLS.
     port : int
         Of the server. The hospitals' SuperNodes talk to their own subprocesses on the next ones.
+    address : str
+        Of the server, as in `prepare`. With another one than 127.0.0.1 it takes calls from other machines, too.
     config
         Of the run: method, seed, rounds, patience and others, see the app's pyproject.toml.
     """
-    server = f"cd server && FLWR_HOME=. {SUPERLINK.format(port=port)}"
+    server = f"cd server && FLWR_HOME=. {SUPERLINK.format(host=HERE if address == HERE else EVERYWHERE, port=port)}"
     run, asked = (
         "cd researcher && FLWR_HOME=. flwr run app",
         shlex.quote(settings({"hospitals": hospitals} | config)),
@@ -254,7 +268,7 @@ def commands(hospitals: int, simulated: bool, port: int = 9092, **config) -> dic
             f"cd researcher && FLWR_HOME=. flwr supernode register hospital_{k}.pub hospitals"
         )
     for k in range(hospitals):
-        node = f"cd hospital_{k} && FLWR_HOME=. flower-supernode --superlink 127.0.0.1:{port} --root-certificates ca.crt"
+        node = f"cd hospital_{k} && FLWR_HOME=. flower-supernode --superlink {address}:{port} --root-certificates ca.crt"
         known = shlex.quote(settings({"partition-id": k, "data": "data.npz"}))
         node = f"{node} --auth-supernode-private-key own.key --port {port + 1 + k}"
         lines[f"hospital {k}"] = f"{node} --node-config {known}"
