@@ -59,7 +59,8 @@ def test_a_class_that_nobody_has_is_not_rare():
     counts[names] = 60, 3, 20
     plain = metrics.confusions(labels, predicted, 0 * labels, 3, 1)
     gaps = metrics.confusions(names[labels], names[predicted], 0 * labels, 10, 1)
-    assert metrics.summary(gaps, counts) == metrics.summary(plain, [60, 3, 20])
+    both = [metrics.summary(gaps, counts), metrics.summary(plain, [60, 3, 20])]
+    np.testing.assert_equal(*both)
     assert metrics.summary(plain, [60, 3, 20])["rare_recall"] == 0.5
 
 
@@ -97,3 +98,41 @@ def test_interval():
     assert metrics.interval([0.5, 0.5]) == (0.5, 0)
     with pytest.raises(ValueError, match="score"):
         metrics.interval([])
+
+
+def test_the_corrected_interval_is_wider_by_the_overlap():
+    values = [1.0, 2.0, 4.0, 5.0]
+    (mean, plain), (again, corrected) = (metrics.interval(values, overlap=o) for o in (0.0, 1 / 3))
+    assert mean == again == 3 and np.isclose(corrected / plain, np.sqrt((1 / 4 + 1 / 3) / (1 / 4)))
+
+
+def test_the_worst_device_counts_common_classes_only():
+    confusion = np.zeros((2, 2, 2), int)
+    confusion[0] = [[9, 1], [0, 10]]  # device 0: recalls 0.9 and 1
+    confusion[1] = [[12, 4], [1, 0]]  # device 1: 0.75, and a class with one image
+    assert metrics.worst_device(confusion) == 0.75
+    assert metrics.summary(confusion, [5, 5])["worst_device_balanced_accuracy"] == 0.375
+    assert np.isnan(metrics.worst_device(confusion // 10))
+
+
+def test_calibration_and_its_temperature():
+    random = np.random.default_rng(0)
+    logits = random.normal(0, 2, (4000, 3))
+    chance = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    labels = (random.random((4000, 1)) > chance.cumsum(1)).sum(
+        1
+    )  # drawn from the stated probabilities: calibrated
+    assert metrics.calibration_error(logits, labels) < 0.03
+    assert metrics.calibration_error(3 * logits, labels) > 0.08, "too sure"
+    temperature = metrics.best_temperature(3 * logits, labels)
+    assert np.isclose(temperature, 3, rtol=0.1)
+    assert metrics.calibration_error(3 * logits, labels, temperature) < 0.03
+    assert metrics.calibration_error([[9.0, -9.0]], [1]) > 0.99
+
+
+def test_sensitivity_at_a_specificity():
+    scores = np.array([*range(10), 8.5, 9.5, 20, 3])
+    positive = np.arange(14) >= 10
+    assert metrics.sensitivity(scores, positive, 0.9) == 0.5  # threshold 9: nobody else is above
+    assert metrics.sensitivity(scores, positive, 0.5) == 0.75  # threshold 5
+    assert np.isnan(metrics.sensitivity(scores, positive | True))
