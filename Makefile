@@ -20,7 +20,7 @@ A2 = $(BIN)/python -m fedssg_helpers run --only A2 --out out/results -p rounds 1
 	-p results $(CURDIR)/data/results/speed.csv
 FLOWER = 10x100x10,1000x100x5,1000x4x5
 
-.PHONY: help course test quick lint notebooks results lab explorer doctor clean
+.PHONY: help course test quick lint notebooks results ranking lab explorer doctor clean
 .NOTPARALLEL:
 
 help:  ## list these commands
@@ -56,6 +56,12 @@ results: $(READY)  ## run the benchmarks (A1 to A3) again: data/results/*.csv; l
 	$(A3) --data ham10000 -p rounds 15
 	$(A2) $(if $(findstring flower,$(EXTRAS)),-p flower $(FLOWER)) $(if $(findstring pfl,$(EXTRAS)),-p pfl 128)
 	$(BIN)/python -m fedssg_helpers run --only explorer --out out/results-explorer --resume -p again true
+	$(MAKE) ranking
+
+ranking: $(READY)  ## rank the examples, each against its control: data/results/ranking.csv; resumes
+	@rm -f out/ranking/ranking.csv
+	@for file in notebooks/examples/*.py; do $(BIN)/python -m fedssg_helpers rank $$file --out out/ranking || exit; done
+	@cp out/ranking/ranking.csv data/results/
 
 lab: $(READY)  ## open the lessons in JupyterLab
 	$(BIN)/jupyter lab --notebook-dir=notebooks

@@ -18,8 +18,10 @@ checks      what the server refuses                                             
 exchange    before the rounds: reports, samples, pre-training                   03
 server      the rounds, and hospitals on threads                                04
 runs        many runs: cached, side by side, resumed                            04, 05
+tuning      nested tuning: settings from validation images                      05
 privacy     attacks and the audit card                                          06
 plots       figures                                                             all
 explore     sliders over figures, exercises that check themselves               all
 course      the command that runs the lessons
+rank        a method of your own against its control, on paired seeds           05
 """

@@ -1,4 +1,4 @@
-"""The command line: `python -m fedssg_helpers run | doctor` (--help explains it)."""
+"""The command line: `python -m fedssg_helpers run | rank | doctor` (--help explains it)."""
 
 from __future__ import annotations
 
@@ -50,13 +50,21 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     add = run.add_argument
     add("--only", action="append", metavar="03", help="only this lesson (repeatable)")
     add("--lessons", type=Path, default=course.LESSONS, help=argparse.SUPPRESS)
-    add("--data", default="phantom", help="phantom (built in), ham10000, a MedMNIST name, or your own .npz")
-    add("--data-dir", metavar="DIR", help="folder with the data files (default: $FEDSSG_DATA, else data/)")
-    add("--size", type=int, default=28, metavar="PIXELS", help="side of an image (default: 28)")
     add("--profile", choices=course.PROFILES, default="quick", help="full: with more rounds and seeds")
     add("-p", nargs=2, action="append", metavar=("NAME", "VALUE"), help="set a lesson's parameter")
     add("--out", type=Path, metavar="DIR", help="where results go (default: out/run-DATA-PROFILE)")
     add("--resume", action="store_true", help="skip the lessons that an earlier run finished")
+    own = "a method, rule, generator or aggregate of your own against its control, on paired seeds"
+    about = f"Rank {own}. The file is Python code, and it is executed: rank only code that you trust."
+    rank = commands.add_parser("rank", help=f"rank {own}", description=about)
+    rank.add_argument("file", type=Path, help="defines METHOD, rule(have, budget), SOURCE or aggregate(...)")
+    rank.add_argument("--seeds", type=int, default=10, help="paired seeds, 2 or more (default: 10)")
+    rank.add_argument("--rounds", type=int, default=15, help="rounds of every run (default: 15)")
+    rank.add_argument("--out", default="", metavar="DIR", help="for table, picture and runs (default: out/)")
+    for add in (run.add_argument, rank.add_argument):
+        add("--data", default="phantom", help="phantom (built in), ham10000, a MedMNIST name, or an .npz")
+        add("--data-dir", metavar="DIR", help="folder with the data (default: $FEDSSG_DATA, else data/)")
+        add("--size", type=int, default=28, metavar="PIXELS", help="side of an image (default: 28)")
     # Before Python 3.14 -1e-3 is no number for argparse, unless a blank is in front.
     words = [re.sub(r"^(-[\d.]+e.*)", r" \1", word) for word in (sys.argv[1:] if words is None else words)]
     return parser.parse_args(words)
@@ -84,13 +92,18 @@ def seconds_of(parameters: dict[Path, dict], images=PHANTOMS, channels=3, size=2
     return seconds * 2 / min(CORES, 2)
 
 
+def data_of(options: argparse.Namespace) -> tuple[Path, str, str]:
+    """The data as a file, as a name for `data.load`, and their folder, as full paths where there are such."""
+    file, folder = Path(options.data).expanduser(), options.data_dir or os.environ.get("FEDSSG_DATA", "")
+    name = str(file.resolve()) if file.suffix == ".npz" and file.exists() else options.data
+    return file, name, str(Path(folder).expanduser().resolve()) if folder else ""
+
+
 def run(options: argparse.Namespace) -> None:
     """Check everything that can be checked beforehand, then run the lessons."""
     from . import partition, runs
 
-    file, folder = Path(options.data).expanduser(), options.data_dir or os.environ.get("FEDSSG_DATA", "")
-    name = str(file.resolve()) if file.suffix == ".npz" and file.exists() else options.data
-    folder = str(Path(folder).expanduser().resolve()) if folder else ""
+    file, name, folder = data_of(options)
     label = file.stem if options.size == 28 else f"{file.stem}-{options.size}"
     if file.suffix == ".npz":  # two folders may hold an images.npz
         label += f"-{zlib.crc32(f'{folder}/{name}'.encode()):08x}"
@@ -116,6 +129,35 @@ def run(options: argparse.Namespace) -> None:
     made_from = runs.data_digest(name, folder, options.size)[:16] + runs.code_digest()[:16]
     course.run(paths, parameters, out, made_from, options.resume, everything=not options.only)
     print(f"{len(paths)} done in {time.perf_counter() - start:.0f} s. Open {out / 'index.html'}")
+
+
+def rank(options: argparse.Namespace) -> None:
+    """Rank the method in a file: runs, numbers in words, a row and a picture."""
+    from . import rank as ranking
+    from . import runs
+    from .errors import require
+
+    start, (_, data, folder) = time.perf_counter(), data_of(options)
+    seeds, rounds, size, out = options.seeds, options.rounds, options.size, options.out
+    try:
+        require(seeds >= 2, "--seeds", seeds, "2 or more")
+        require(rounds >= 1, "--rounds", rounds, "1 or more")
+        entry, images = ranking.read(options.file), runs.images_of(data, folder, size)
+        number = ranking.most_runs(entry, seeds)
+        runs_of_04 = {Path("04"): {"rounds": rounds, "seeds": number / 8}}  # eight methods a seed
+        minutes = max(1, round(seconds_of(runs_of_04, len(images), *images.images.shape[1:3]) / 60))
+        print(f"{entry.name} ({entry.kind}) against {entry.control}: at most {number} runs, about")
+        print(f"{minutes} min on this machine. Runs that were made before are not made again.", flush=True)
+        base = runs.Job(entry.name, ranking.FIRST, rounds, data, folder, size=size)
+        ranking.trial(entry, base, out)
+        scores = ranking.compare(entry, base, seeds, out, min(CORES, 2))
+        row = ranking.row_of(entry, base, scores)
+    except ValueError as error:
+        raise course.CourseError(str(error)) from None
+    where = runs.out_folder(out)
+    ranking.add(row, where)
+    print(ranking.words(row, scores))
+    print(f"{time.perf_counter() - start:.0f} s; row and picture: ranking.csv, ranking.png in {where}")
 
 
 def check(what: str) -> tuple[bool, str]:
@@ -168,9 +210,10 @@ def doctor(_) -> None:
 def main(words: list[str] | None = None) -> int:
     """Run one command. Status: 0 done, 1 a lesson failed or not ready, 2 wrong input, 130 stopped by Ctrl-C."""
     options = arguments(words)
-    kept = "\nWhat ran is kept. Go on with the same command and --resume." if options.command == "run" else ""
+    again = {"run": "the same command and --resume.", "rank": "the same command."}.get(options.command)
+    kept = f"\nWhat ran is kept. Go on with {again}" if again else ""
     try:
-        {"run": run, "doctor": doctor}[options.command](options)
+        {"run": run, "rank": rank, "doctor": doctor}[options.command](options)
         return 0
     except course.CourseError as error:
         said, status = f"error: {error}" + kept * (error.code == 1), error.code
