@@ -50,7 +50,11 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     add = run.add_argument
     add("--only", action="append", metavar="03", help="only this lesson (repeatable)")
     add("--lessons", type=Path, default=course.LESSONS, help=argparse.SUPPRESS)
-    add("--data", default="phantom", help="phantom (built in), ham10000, a MedMNIST name, or your own .npz")
+    add(
+        "--data",
+        default="phantom",
+        help="phantom (built in), ham10000, a MedMNIST name, your own .npz or folder",
+    )
     add("--data-dir", metavar="DIR", help="folder with the data files (default: $FEDSSG_DATA, else data/)")
     add("--size", type=int, default=28, metavar="PIXELS", help="side of an image (default: 28)")
     add("--profile", choices=course.PROFILES, default="quick", help="full: with more rounds and seeds")
@@ -86,13 +90,15 @@ def seconds_of(parameters: dict[Path, dict], images=PHANTOMS, channels=3, size=2
 
 def run(options: argparse.Namespace) -> None:
     """Check everything that can be checked beforehand, then run the lessons."""
-    from . import partition, runs
+    from . import data, partition, runs
 
-    file, folder = Path(options.data).expanduser(), options.data_dir or os.environ.get("FEDSSG_DATA", "")
-    name = str(file.resolve()) if file.suffix == ".npz" and file.exists() else options.data
+    folder = options.data_dir or os.environ.get("FEDSSG_DATA", "")
     folder = str(Path(folder).expanduser().resolve()) if folder else ""
-    label = file.stem if options.size == 28 else f"{file.stem}-{options.size}"
-    if file.suffix == ".npz":  # two folders may hold an images.npz
+    file, own = Path(options.data).expanduser(), data.own_path(options.data, data.data_folder(folder))
+    name = str(file.resolve()) if own and file.exists() else options.data
+    label = Path(name).name.removesuffix(".npz")
+    label = label if options.size == 28 else f"{label}-{options.size}"
+    if own:  # two folders may hold an images.npz
         label += f"-{zlib.crc32(f'{folder}/{name}'.encode()):08x}"
     out = options.out or course.ROOT / "out" / f"run-{label}-{options.profile}"
     out = options.out = out.expanduser().resolve()
