@@ -21,7 +21,7 @@ from scipy.sparse.csgraph import connected_components
 
 from . import devices as simulation
 from .files import PROJECT_DATA, DataError, data_folder, need, pick, read_npz, read_table, require
-from .folder import MOST_CLASSES, read_folder
+from .folder import MOST_CLASSES, TABLE, read_folder
 
 HAM_SCRIPT = PROJECT_DATA / "prepare_ham10000.py"
 NO_CLONE = "The course runs from a clone: get one, and pip install -e . there (not: pip install .)."
@@ -207,7 +207,7 @@ def _own(arrays: dict, path: Path, size: int, digests=None, said=()) -> ImageSet
 def _pictures(path: Path, folder: Path, size: int) -> ImageSet:
     """A folder of pictures: one of your own, or the publisher's of HAM10000."""
     require(SMALLEST <= size <= LARGEST, path, f"size is {size}. Give {SMALLEST} to {LARGEST} pixels.")
-    if list(path.glob("HAM10000_metadata*")):
+    if list(path.glob("HAM10000_metadata*")) and not (path / TABLE).exists():
         return _ham10000(path, size)
     path = Path(os.path.abspath(path))
     arrays = read_folder(path, size, (path.parent, folder, PROJECT_DATA))

@@ -22,9 +22,7 @@ from .files import DataError, read_npz, read_table, replacing, require
 
 MOST_CLASSES, DEEP = 256, ("I", "F")  # Pillow's modes of more than 8 bits start so
 TABLE, PARTS = "metadata.csv", {"train", "training", "val", "valid", "validation", "test", "testing"}
-LAYOUT = (
-    f"Needed: a folder of pictures for each class, or a {TABLE} with file_name and label (data/README.md)."
-)
+LAYOUT = f"Needed: one folder of pictures per class, or a {TABLE} with file_name and label (data/README.md)."
 
 
 @cache
@@ -78,11 +76,9 @@ def pictures(folder: Path) -> list[str]:
     found = []
     for where, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if name[0] != "."]
-        inside = [Path(where, name) for name in names if name[0] != "."]
-        found += [
-            path.relative_to(folder).as_posix() for path in inside if path.suffix.lower() in formats()[1]
-        ]
-    return sorted(found)
+        files = [Path(where, name) for name in names if name[0] != "."]
+        found += [path for path in files if path.suffix.lower() in formats()[1]]
+    return sorted(path.relative_to(folder).as_posix() for path in found)
 
 
 def _by_table(table: Path, found: list[str]) -> list[dict[str, str]]:
@@ -106,15 +102,10 @@ def rows_of(folder: Path) -> list[dict[str, str]]:
     found, table = pictures(folder), folder / TABLE
     require(len(found) > 0, folder, f"holds no picture that Pillow reads. {LAYOUT}")
     rows = [{"file_name": name, "label": name.split("/")[0]} for name in found if "/" in name]
-    parts = ", ".join(sorted({row["label"] for row in rows} & PARTS))
     if table.is_file():
         rows = _by_table(table, found)
-    else:
-        require(
-            not parts,
-            folder,
-            f"its folders {parts} are parts of a split, no classes. Give one of them. {LAYOUT}",
-        )
+    split = rows and {row["label"] for row in rows} <= PARTS
+    require(not split, folder, f"its folders are parts of a split, not classes. Give one of them. {LAYOUT}")
     for key in ("label", "device"):
         names = {row.get(key, "") for row in rows}
         alike = Counter(name.casefold() for name in names)
@@ -145,21 +136,19 @@ def _decoded(folder: Path, rows: list[dict[str, str]], size: int, file: Path) ->
             out.write(image)
             digests.append(hashlib.blake2b(image, digest_size=16).hexdigest())
             kept.append(i)
-        require(len(kept) > 0, folder, f"no picture can be read: {bad[:1]}. Save them again.")
+        require(
+            len(kept) > 0, folder, f"no picture can be read, such as {''.join(bad[:1])}. Save them again."
+        )
         out.seek(0)  # NumPy leaves room for another number in the header
         np.lib.format.write_array_header_1_0(out, header | {"shape": (len(kept), *header["shape"][1:])})
     names, labels = np.unique([row["label"] for row in rows], return_inverse=True)
-    said = [f"left out are {len(bad)} that cannot be read: {', '.join(bad)}"] if bad else []
+    cure = "save them again, smaller where they are too large, or remove them"
+    said = [f"left out are {len(bad)} that cannot be read ({cure}): {', '.join(bad)}"] if bad else []
     if wide := sum(mode.startswith(DEEP) for mode in modes):
         said.append(f"{wide} of more than 8 bits: each is scaled by its own range")
+    arrays = {"class_names": names, "digests": np.array(digests), "said": np.array(said, str)}
     optional = {key: np.array([rows[i][key] for i in kept]) for key in ("device", "group") if key in rows[0]}
-    arrays = {
-        "labels": labels[kept],
-        "class_names": names,
-        "digests": np.array(digests),
-        "said": np.array(said, str),
-    }
-    return arrays | optional
+    return arrays | optional | {"labels": labels[kept]}
 
 
 def read_folder(folder: Path, size: int, places) -> dict[str, np.ndarray]:
@@ -173,9 +162,8 @@ def read_folder(folder: Path, size: int, places) -> dict[str, np.ndarray]:
         path = folder / row["file_name"]
         about = path.stat() if path.exists() else path.lstat()
         digest.update(repr((row, about.st_size, about.st_mtime_ns)).encode())
-    targets = [
-        Path(place) / "prepared" / f"{folder.name}_{size}_{digest.hexdigest()}.npy" for place in places
-    ]
+    name = f"prepared/{folder.name}_{size}_{digest.hexdigest()}.npy"
+    targets = [Path(place, name) for place in places]
     able = [target for target in targets if os.access(target.parent.parent, os.W_OK)]
     target = next((target for target in targets if target.exists()), [*able, targets[-1]][0])
     labels = target.with_suffix(".npz")

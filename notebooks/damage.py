@@ -32,7 +32,7 @@ def _arrays(kind: str) -> dict[str, np.ndarray]:
     """The arrays of a good file."""
     images = np.arange(N * 28 * 28 * 3, dtype=np.uint32).reshape(N, 28, 28, 3).astype(np.uint8)
     labels = np.arange(N) % 7
-    if kind == "medmnist":  # dermamnist: three parts of 16
+    if kind == "medmnist":  # bloodmnist: three parts of 16
         parts = dict(images=images, labels=labels[:, None].astype(np.uint8))
         return {
             f"{side}_{key}": part[16 * i : 16 * i + 16]
@@ -298,7 +298,7 @@ def files(folder, number: int = 300, seed: int = 0):
         if kind == "table":
             (way, content), file = _table(place, i // len(KINDS), random), place / "HAM10000_metadata.csv"
         else:
-            name = {"own": "mine.npz", "ham10000": "ham10000_28.npz", "medmnist": "dermamnist.npz"}[kind]
+            name = {"own": "mine.npz", "ham10000": "ham10000_28.npz", "medmnist": "bloodmnist.npz"}[kind]
             (way, content), file = _npz(kind, i // len(KINDS), random), place / name
         file.write_bytes(content)
-        yield way, {"own": str(file), "medmnist": "dermamnist"}.get(kind, "ham10000"), place, file
+        yield way, {"own": str(file), "medmnist": "bloodmnist"}.get(kind, "ham10000"), place, file
