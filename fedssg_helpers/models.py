@@ -87,7 +87,7 @@ def plausible_orientations(images: torch.Tensor) -> list[int]:
     Skin lesions have no up and down, chest X-rays do. An orientation is kept if it moves the mean image by at most half
     of the images' variance (2 / N is added to the half: with few images the mean moves by chance).
     """
-    x = scale(images[:: max(1, len(images) // 500)])
+    x = scale(images[:: max(1, len(images) // 500, -(-images.numel() // 2**26))])  # 2 ** 26 values: 256 MiB
     mean = x.mean(0, keepdim=True)
     most = (0.5 + 2 / max(len(x), 1)) * x.sub_(mean).square_().sum() / max(len(x), 1)
     return [i for i in range(8) if i == 0 or (mean - augment(mean, i)).square().sum() <= most]

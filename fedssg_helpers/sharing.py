@@ -258,7 +258,7 @@ def unpacked(pictures: list[bytes], channels: int, size: int) -> torch.Tensor:
 def channel_sums(client: Client, devices: int) -> torch.Tensor:
     """Sum and sum of squares of each channel's values 0..255, per device: float64 (D, 2, C), exact."""
     sums = torch.zeros(devices, 2, client.images.shape[1], dtype=torch.float64)
-    for images, device in zip(client.images.split(256), client.device.split(256)):
+    for images, device in zip(client.images.split(64), client.device.split(64)):
         for d in device.unique().tolist():
             values = images[device == d].transpose(0, 1).flatten(1).double()
             sums[d] += torch.stack([values.sum(1), values.square().sum(1)])
