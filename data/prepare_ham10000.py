@@ -3,31 +3,31 @@
     python data/prepare_ham10000.py SOURCE TARGET [SIZE]
 
 SOURCE is the folder with HAM10000_metadata.csv (with its column `dataset`, which names the device) and the
-images (.jpg, .jpeg or .png, in capitals too), in it or in any folder below it. TARGET is the .npz to write,
+images, as .jpg or any other kind that Pillow reads, in it or in any folder below it. TARGET is the .npz to write,
 for example ham10000_28.npz. SIZE is the image side in pixels, 28 by default. Loading "ham10000" does the same
 the first time, and again when the table has changed.
 """
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import os
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm.auto import tqdm
 
-from fedssg_helpers.data import LARGEST, SMALLEST, DataError, require
+from fedssg_helpers.data import LARGEST, SMALLEST
+from fedssg_helpers.files import DataError, read_table, replacing, require
+from fedssg_helpers.folder import pictures, square
 
 CLASSES = ("akiec", "bcc", "bkl", "df", "mel", "nv", "vasc")
 DEVICES = ("rosendahl", "vidir_modern", "vidir_molemax", "vienna_dias")
 CURE = (
     "Get HAM10000_metadata and both image archives from Harvard Dataverse, doi:10.7910/DVN/DBW86T, and unpack"
     " them in one folder; data/README.md lists the steps. Then set FEDSSG_DATA (or data_dir) to that folder."
+    " Copies elsewhere leave the column `dataset` out, which names the device."
 )
 
 
@@ -39,18 +39,9 @@ def find_table(source: Path) -> Path:
     return table
 
 
-def read_table(table: Path) -> list[dict[str, str]]:
+def rows_of(table: Path) -> list[dict[str, str]]:
     """The rows of the publisher's table, checked, in the order of the image ids."""
-    try:
-        text = table.read_text(encoding="utf-8-sig")
-        separator = max("\t;,", key=text.partition("\n")[0].count)
-        rows = list(csv.DictReader(text.splitlines(), delimiter=separator))
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{table}: damaged, or not a table of text ({error}). {CURE}") from error
-    require(len(rows) > 0, table, f"holds no row: empty or cut short. {CURE}")
-    lacking = ", ".join(sorted({"lesion_id", "image_id", "dx", "dataset"} - set(rows[0])))
-    cause = f"lacks the column(s) {lacking}. Copies elsewhere leave `dataset` out, which names the device"
-    require(not lacking, table, f"{cause}. {CURE}")
+    rows = read_table(table, {"lesion_id", "image_id", "dx", "dataset"}, CURE)
     for what, column, known in (("diagnosis", "dx", CLASSES), ("device", "dataset", DEVICES)):
         strange = sorted({str(row[column]) for row in rows} - set(known))
         cause = f"unknown {what} {strange[:1]} in column {column}, where {', '.join(known)} are known"
@@ -60,47 +51,19 @@ def read_table(table: Path) -> list[dict[str, str]]:
     return sorted(rows, key=lambda row: row["image_id"])
 
 
-def square(path: Path, size: int) -> np.ndarray:
-    """The largest centred square of one image, uint8 (size, size, 3)."""
-    try:
-        with Image.open(path) as image:
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            box = (left, top, left + side, top + side)
-            return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BOX, box))
-    except (OSError, SyntaxError, ValueError) as error:
-        cure = "Unpack it again from the publisher's archive."
-        raise DataError(f"{path}: not a readable image ({error}). {cure}") from error
-
-
-def write(target: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Write the arrays as an .npz that appears complete or not at all."""
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-            np.savez_compressed(Path(folder) / "part.npz", **arrays)
-            os.replace(Path(folder) / "part.npz", target)
-    except OSError as error:
-        cure = (
-            "Copy the publisher's files to a folder you may write to, and point FEDSSG_DATA (data_dir) there."
-        )
-        raise DataError(f"{target}: cannot be written ({error}). {cure}") from error
-
-
 def prepare(source, target, size: int = 28) -> Path:
     """Write the .npz `target`: centre square crops of `size` x `size` pixels; a `DataError` if it cannot."""
     source, target = Path(source), Path(target)
     require(SMALLEST <= size <= LARGEST, f"size {size}", f"out of range. Use {SMALLEST} to {LARGEST} pixels.")
     table = find_table(source)
-    rows = read_table(table)
-    kinds = (".jpg", ".jpeg", ".png")
-    found = {path.stem: path for path in source.rglob("*") if path.suffix.lower() in kinds}
+    rows, again = rows_of(table), "Unpack it again from the publisher's archive."
+    found = {Path(name).stem: source / name for name in pictures(source)}
     absent = [f"{row['image_id']}.jpg" for row in rows if row["image_id"] not in found]
     cause = f"{len(absent)} of the {len(rows)} images in {table.name} are missing, {absent[:1]} among them"
     require(not absent, source, f"{cause}. Unpack both image archives into this folder. {CURE}")
     progress = tqdm(rows, "preparing HAM10000", unit="image")
     arrays = dict(
-        images=np.stack([square(found[row["image_id"]], size) for row in progress]),
+        images=np.stack([square(found[row["image_id"]], size, cure=again) for row in progress]),
         labels=np.array([CLASSES.index(row["dx"]) for row in rows], np.uint8),
         class_names=np.array(CLASSES),
         device=np.array([row["dataset"] for row in rows]),
@@ -108,7 +71,9 @@ def prepare(source, target, size: int = 28) -> Path:
         image_id=np.array([row["image_id"] for row in rows]),
         table=np.array(digest(table)),
     )
-    write(target, arrays)
+    cure = "Copy the publisher's files to where you may write, and point FEDSSG_DATA (data_dir) there."
+    with replacing(target, cure) as part:
+        np.savez_compressed(part, **arrays)
     return target
 
 

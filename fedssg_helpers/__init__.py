@@ -4,7 +4,9 @@ errors      one-line range checks with clear words
 keys        every random act by (seed, purpose, client, round)
 metrics     scores from summed confusion matrices, intervals over seeds         lessons 04, 05
 devices     simulated imaging devices                                           01
-data        image sets: phantom, MedMNIST, HAM10000, your own .npz              01
+files       where data and results lie; archives, tables, images beyond memory  all
+folder      a folder of pictures, prepared once                                 01
+data        image sets: phantom, MedMNIST, HAM10000, your own                   01
 partition   split by lesion, hospitals                                          01
 models      SmallCNN as one flat vector; how images enter it                    04
 generator   the class-conditional VAE and its closed form                       02

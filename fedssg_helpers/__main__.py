@@ -62,7 +62,11 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     rank.add_argument("--rounds", type=int, default=15, help="rounds of every run (default: 15)")
     rank.add_argument("--out", default="", metavar="DIR", help="for table, picture and runs (default: out/)")
     for add in (run.add_argument, rank.add_argument):
-        add("--data", default="phantom", help="phantom (built in), ham10000, a MedMNIST name, or an .npz")
+        add(
+            "--data",
+            default="phantom",
+            help="phantom (built in), ham10000, a MedMNIST name, your own .npz or folder",
+        )
         add("--data-dir", metavar="DIR", help="folder with the data (default: $FEDSSG_DATA, else data/)")
         add("--size", type=int, default=28, metavar="PIXELS", help="side of an image (default: 28)")
     # Before Python 3.14 -1e-3 is no number for argparse, unless a blank is in front.
@@ -92,20 +96,24 @@ def seconds_of(parameters: dict[Path, dict], images=PHANTOMS, channels=3, size=2
     return seconds * 2 / min(CORES, 2)
 
 
-def data_of(options: argparse.Namespace) -> tuple[Path, str, str]:
-    """The data as a file, as a name for `data.load`, and their folder, as full paths where there are such."""
-    file, folder = Path(options.data).expanduser(), options.data_dir or os.environ.get("FEDSSG_DATA", "")
-    name = str(file.resolve()) if file.suffix == ".npz" and file.exists() else options.data
-    return file, name, str(Path(folder).expanduser().resolve()) if folder else ""
+def data_of(options: argparse.Namespace) -> tuple[str, str, bool]:
+    """The name for `data.load`, the data's folder, both as full paths where there are such, and: are they your own?"""
+    from . import data
+
+    folder = options.data_dir or os.environ.get("FEDSSG_DATA", "")
+    folder = str(Path(folder).expanduser().resolve()) if folder else ""
+    file, own = Path(options.data).expanduser(), data.own_path(options.data, data.data_folder(folder))
+    return str(file.resolve()) if own and file.exists() else options.data, folder, bool(own)
 
 
 def run(options: argparse.Namespace) -> None:
     """Check everything that can be checked beforehand, then run the lessons."""
     from . import partition, runs
 
-    file, name, folder = data_of(options)
-    label = file.stem if options.size == 28 else f"{file.stem}-{options.size}"
-    if file.suffix == ".npz":  # two folders may hold an images.npz
+    name, folder, own = data_of(options)
+    label = Path(name).name.removesuffix(".npz")
+    label = label if options.size == 28 else f"{label}-{options.size}"
+    if own:  # two folders may hold an images.npz
         label += f"-{zlib.crc32(f'{folder}/{name}'.encode()):08x}"
     out = options.out or course.ROOT / "out" / f"run-{label}-{options.profile}"
     out = options.out = out.expanduser().resolve()
@@ -137,7 +145,7 @@ def rank(options: argparse.Namespace) -> None:
     from . import runs
     from .errors import require
 
-    start, (_, data, folder) = time.perf_counter(), data_of(options)
+    start, (data, folder, _) = time.perf_counter(), data_of(options)
     seeds, rounds, size, out = options.seeds, options.rounds, options.size, options.out
     try:
         require(seeds >= 2, "--seeds", seeds, "2 or more")

@@ -1,20 +1,17 @@
 """Every data set as one plain in-memory type, checked on loading.
 
-Built-in phantoms, any two-dimensional single-label MedMNIST set, HAM10000 and your own ``.npz`` all become an
-`ImageSet`. `data/README.md` says how to get the files. Whatever is wrong with a file is a `DataError` that
-names the file, the cause and the cure.
+Built-in phantoms, any two-dimensional single-label MedMNIST set, HAM10000, your own ``.npz`` and a folder of pictures all
+become an `ImageSet`. `data/README.md` says how to get the files. Whatever is wrong with a file is a `DataError` that names
+the file, the cause and the cure.
 """
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
 import os
 import runpy
 import tempfile
 import warnings
-import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,19 +20,14 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from . import devices as simulation
+from .files import PROJECT_DATA, DataError, data_folder, need, pick, read_npz, read_table, require
+from .folder import MOST_CLASSES, TABLE, read_folder
 
-PROJECT_DATA = Path(__file__).resolve().parent.parent / "data"
 HAM_SCRIPT = PROJECT_DATA / "prepare_ham10000.py"
 NO_CLONE = "The course runs from a clone: get one, and pip install -e . there (not: pip install .)."
-SMALLEST, LARGEST = 16, 128  # image sides in pixels that the course's networks take
+SMALLEST, LARGEST = 16, 256  # image sides in pixels that the course's networks take
 DERMA, SIMULATED = "dermamnist", "-simulated"
 HAM = "(HAM10000, Tschandl et al. 2018, doi:10.7910/DVN/DBW86T)"
-MOST_CLASSES = 256
-MOST_BYTES = 8 * 2**30  # of one .npz after unpacking: a larger one is damaged or does not belong here
-
-
-class DataError(ValueError):
-    """Data that cannot be used; the message names the file, the cause and the cure."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +35,9 @@ class ImageSet:
     """Images with everything that the course needs to know about them."""
 
     name: str
-    images: np.ndarray  # uint8 (N, C, H, W), C in {1, 3}, H = W
+    images: (
+        np.ndarray
+    )  # uint8 (N, C, H, W), C in {1, 3}, H = W; a folder's are mapped into memory, to be read only
     labels: np.ndarray  # int64 (N,), positions in `classes`
     device: np.ndarray  # int64 (N,), positions in `devices`
     group: np.ndarray  # int64 (N,), lesion or patient: a group never falls on both sides of a split
@@ -58,71 +52,41 @@ class ImageSet:
 
     def subset(self, index) -> ImageSet:
         """The images at `index` (positions or a mask); no `official_test` where one of its sides is empty."""
-        arrays = {name: getattr(self, name)[index] for name in ("images", "labels", "device", "group")}
+        arrays = {name: getattr(self, name)[index] for name in ("labels", "device", "group")}
+        arrays["images"] = pick(self.images, index)
         official = None if self.official_test is None else self.official_test[index]
         both = official is not None and official.any() and not official.all()
         return replace(self, **arrays, official_test=official if both else None)
-
-
-def data_folder(folder=None) -> Path:
-    """The folder with data files: `folder`, else $FEDSSG_DATA, else the project's own data/."""
-    return Path(folder or os.environ.get("FEDSSG_DATA") or PROJECT_DATA).expanduser()
 
 
 def load(name="phantom", folder=None, size: int = 28) -> ImageSet:
     """Load a data set by name, checked; a `DataError` for anything that is missing, damaged or out of range.
 
     `name`: ``"phantom"`` (built in, always from the project's own data/), ``"ham10000"``, a MedMNIST name such as
-    ``"dermamnist"`` (``"dermamnist-simulated"``: with simulated devices in place of its real ones), or a path that ends in ``.npz`` (as it is, else inside the data folder). `folder`: the data folder,
-    see `data_folder`. `size`: image side in pixels, 28, 64 or 128 for MedMNIST, 16 to 128 for HAM10000, 28 for the
-    phantoms; your own images have one size: 28 takes any, another number must be theirs.
+    ``"dermamnist"`` (``"dermamnist-simulated"``: with simulated devices in place of its real ones), a path that ends in
+    ``.npz`` or that of a folder of pictures (as it is, else inside the data folder). `folder`: the data folder, see
+    `data_folder`. `size`: image side in pixels, 28, 64, 128 or 224 for MedMNIST, 16 to 256 for HAM10000 and folders, 28
+    for the phantoms; images of an ``.npz`` have one size: 28 takes any, another number must be theirs.
     """
     name, folder = str(name), data_folder(folder)
     if name == "phantom":
         return phantom(size)
     if name == "ham10000":
         return _ham10000(folder, size)
-    if name.endswith(".npz"):
-        path = Path(name).expanduser()
-        path = path if path.exists() or path.is_absolute() else folder / path
+    if path := own_path(name, folder):
         cure = "Check the path. A relative one may also start in the data folder (FEDSSG_DATA or data_dir)."
-        return _own(read_npz(path, cure), path, size)
+        return (
+            _pictures(path, folder, size) if path.suffix != ".npz" else _own(read_npz(path, cure), path, size)
+        )
     return _medmnist(name, folder, size)
 
 
-def require(good: bool, where, message: str) -> None:
-    """A `DataError` that names the file `where` and gives `message` (cause, then cure), unless `good`."""
-    if not good:
-        raise DataError(f"{where}: {message}")
-
-
-def read_npz(path: Path, missing_cure: str) -> dict[str, np.ndarray]:
-    """All arrays of an ``.npz``; `missing_cure` says what to do where there is no such file."""
-    require(path.is_file(), path, f"there is no such file. {missing_cure}")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            size = sum(entry.file_size for entry in archive.infolist())
-        require(size <= MOST_BYTES, path, f"unpacks to {size >> 20} MiB. Store fewer or smaller images.")
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in file.files}
-        strange = [key for key, array in arrays.items() if not isinstance(array, np.ndarray)]
-        require(not strange, path, f"damaged: {strange} are no arrays. Save it with np.savez_compressed.")
-    except DataError:
-        raise
-    except Exception as error:  # zip, zlib, tokenizer, memory: a damaged file may make NumPy raise anything
-        cause = f"truncated, damaged or not an .npz ({type(error).__name__}: {error})"
-        cure = "Delete it, then copy or download it again, or save it with np.savez_compressed."
-        if isinstance(error, ValueError) and "pickle" in str(error):
-            cause = "holds an array of Python objects, which is never loaded (a pickle can run code)"
-            cure = "Save plain arrays: np.asarray(names, dtype=str), np.stack(images)."
-        raise DataError(f"{path}: {cause}. {cure}") from error
-    return arrays
-
-
-def need(arrays: dict, keys, path: Path) -> None:
-    """A `DataError` unless the `arrays` read from `path` have all `keys`."""
-    lacking, held = ", ".join(key for key in keys if key not in arrays), ", ".join(arrays) or "nothing"
-    require(not lacking, path, f"lacks {lacking} (it holds {held}). data/README.md says what is needed.")
+def own_path(name: str, folder: Path) -> Path | None:
+    """Where your own data of this name lie, as it is or inside the data folder; None for a set with a name of its own."""
+    path = Path(name).expanduser()
+    path = path if path.exists() or path.is_absolute() else folder / path
+    known = not name or Path(name).name == name and (name in ("phantom", "ham10000") or "mnist" in name)
+    return path if name.endswith(".npz") or path.is_dir() and not known else None
 
 
 def _check_images(images: np.ndarray, path: Path) -> np.ndarray:
@@ -176,7 +140,9 @@ def _codes(key: str, array: np.ndarray, n: int, path: Path) -> tuple[np.ndarray,
 def _image_set(arrays: dict, path: Path, size: int, group_key: str = "group") -> ImageSet:
     """Images, labels, and where they are given class_names, device and groups, checked, as an `ImageSet`."""
     need(arrays, ("images", "labels"), path)
-    images = _check_images(arrays["images"], path)
+    images = arrays["images"]
+    if not isinstance(images, np.memmap):  # else they are of a folder, and as they have to be
+        images = _check_images(images, path)
     n, side = len(images), images.shape[-1]
     cause = f"images are {side} x {side} pixels, but size is {size}"
     require(size in (28, side), path, f"{cause}. Give size {side}, or resize the images.")
@@ -208,9 +174,12 @@ def joined(group: np.ndarray, one: np.ndarray, other: np.ndarray) -> np.ndarray:
     return connected_components(graph, directed=False)[1][group].astype(np.int64)
 
 
-def _own(arrays: dict, path: Path, size: int) -> ImageSet:
-    """Your own images. What could make a score wrong is mended, and a warning says so."""
-    found, said = _image_set(arrays, path, size), []
+def _own(arrays: dict, path: Path, size: int, digests=None, said=()) -> ImageSet:
+    """Your own images. What could make a score wrong is mended, and a warning says so, and what was `said` before.
+
+    `digests`: of each image, where they are known; equal ones are of copies.
+    """
+    found, said = _image_set(arrays, path, size), list(said)
     unused = sorted(set(arrays) - {"images", "labels", "class_names", "device", "group"})
     if unused:
         known = "patients or lesions belong in group, scanners in device, names in class_names"
@@ -224,7 +193,8 @@ def _own(arrays: dict, path: Path, size: int) -> ImageSet:
     if len(missing):
         group[missing] = group.max() + 1 + np.arange(len(missing))
         said.append(f"group is missing for {len(missing)} images: each is a group of its own")
-    digests = [hashlib.blake2b(image.tobytes()).digest() for image in found.images]
+    if digests is None:
+        digests = [hashlib.blake2b(image.tobytes()).digest() for image in found.images]
     picture = np.unique(digests, return_inverse=True)[1]
     if (copies := len(found) - picture.max() - 1) > 0:
         said.append(f"{copies} images are copies of others: copies share a group")
@@ -234,21 +204,25 @@ def _own(arrays: dict, path: Path, size: int) -> ImageSet:
     return replace(found, group=group)
 
 
+def _pictures(path: Path, folder: Path, size: int) -> ImageSet:
+    """A folder of pictures: one of your own, or the publisher's of HAM10000."""
+    require(SMALLEST <= size <= LARGEST, path, f"size is {size}. Give {SMALLEST} to {LARGEST} pixels.")
+    if list(path.glob("HAM10000_metadata*")) and not (path / TABLE).exists():
+        return _ham10000(path, size)
+    path = Path(os.path.abspath(path))
+    arrays = read_folder(path, size, (path.parent, folder, PROJECT_DATA))
+    known = [arrays.pop(key) for key in ("digests", "said")]
+    return replace(_own(arrays, path, size, *known), name=path.name)
+
+
 def same_lesions(lesions: np.ndarray) -> np.ndarray:
     """HAM10000's lesion ids, str (N,), as groups, int64 (N,): 18 lesions were published under two ids (see data/README.md)."""
     names, group = np.unique(lesions, return_inverse=True)
-    pairs = table_of("ham10000_duplicates.csv")
-    pairs = [(row["lesion_id"], row["other_lesion_id"]) for row in pairs]
+    both = ("lesion_id", "other_lesion_id")
+    pairs = read_table(PROJECT_DATA / "ham10000_duplicates.csv", set(both), NO_CLONE)
+    pairs = [[row[key] for key in both] for row in pairs]
     pairs = np.array([np.searchsorted(names, pair) for pair in pairs if np.isin(pair, names).all()], int)
     return joined(group, *pairs.reshape(-1, 2).T)
-
-
-def table_of(name: str) -> list[dict[str, str]]:
-    """The rows of a table of the project's own data/."""
-    path = PROJECT_DATA / name
-    require(path.is_file(), path, f"there is no such file. {NO_CLONE}")
-    with (gzip.open if name.endswith(".gz") else open)(path, "rt", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def _simulated(clean: ImageSet, device: np.ndarray, **changes) -> ImageSet:
@@ -319,7 +293,8 @@ def _with_sources(images: ImageSet, path: Path) -> ImageSet:
 
     DermaMNIST is HAM10000, and its official split has 1,006 lesions on more than one side.
     """
-    rows = table_of(f"{DERMA}_sources.csv.gz")
+    columns = {"label", "device", "lesion_id"}
+    rows = read_table(PROJECT_DATA / f"{DERMA}_sources.csv.gz", columns, NO_CLONE)
     differ = "another number of images"
     if len(rows) == len(images):
         differ = sum(row["label"] != str(label) for row, label in zip(rows, images.labels))
@@ -341,9 +316,10 @@ def _medmnist_info(flag: str, size: int) -> dict:
     kinds = {name: "three-dimensional" if "3d" in name else info["task"] for name, info in INFO.items()}
     usable = [name for name, kind in kinds.items() if "three" not in kind and "multi-label" not in kind]
     cause = f"{kinds.get(flag, 'unknown')} and no data set of this course"
-    cure = f"Use phantom, ham10000, a path that ends in .npz, or one of MedMNIST's {', '.join(usable)}."
+    own = "the path of an .npz or of a folder of pictures (is it right?)"
+    cure = f"Use phantom, ham10000, {own}, or one of MedMNIST's {', '.join(usable)}."
     require(flag in usable, flag, f"{cause}. {cure}")
-    require(size in (28, 64, 128), flag, f"has no images of {size} pixels. Use size 28, 64 or 128.")
+    require(size in (28, 64, 128, 224), flag, f"has no images of {size} pixels. Use size 28, 64, 128 or 224.")
     return INFO[flag]
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .data import ImageSet, require
+from .data import ImageSet
+from .files import pick, require, room
 from .keys import rng
 
 TRIES = 100  # how often the draw of hospitals is repeated while one of them is empty
@@ -26,12 +27,16 @@ class Client:
 
     def take(self, rows) -> Client:
         """The images at `rows` (positions or a mask)."""
-        return Client(self.images[rows], self.labels[rows], self.device[rows])
+        images = torch.from_numpy(pick(self.images.numpy(), rows))
+        return Client(images, self.labels[rows], self.device[rows])
 
     @staticmethod
     def joined(clients: list[Client]) -> Client:
         """All clients' images in one place, as centralised training needs them."""
-        return Client(*map(torch.cat, zip(*((c.images, c.labels, c.device) for c in clients))))
+        images = room((sum(map(len, clients)), *clients[0].images.shape[1:]))
+        np.concatenate([c.images.numpy() for c in clients], out=images)
+        labels, device = (torch.cat([getattr(c, name) for c in clients]) for name in ("labels", "device"))
+        return Client(torch.from_numpy(images), labels, device)
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,12 @@ def federate(images: ImageSet, seed: int = 0, *, count: int = 0, **skew) -> Fede
 
 def clients_of(images: ImageSet, parts: list[np.ndarray]) -> list[Client]:
     """The hospitals' data, as tensors, for a partition given as positions of images."""
-    arrays = images.images, images.labels, images.device
-    return [Client(*(torch.from_numpy(array[part]) for array in arrays)) for part in parts]
+    rows = np.concatenate(parts)
+    whole = Client(
+        *map(torch.from_numpy, (pick(images.images, rows), images.labels[rows], images.device[rows]))
+    )
+    ends = np.cumsum([0, *map(len, parts)])
+    return [Client(whole.images[a:b], whole.labels[a:b], whole.device[a:b]) for a, b in zip(ends, ends[1:])]
 
 
 def split(images: ImageSet, test: float = 0.25, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -30,12 +30,13 @@ from tqdm.auto import tqdm
 from . import data as sources
 from . import metrics, partition, server
 from .errors import require
+from .files import out_folder
 from .methods import METHODS, Method, describe
 from .models import Backbone, compute_device
 from .server import Run
 
-COUNTED = """errors keys metrics devices data partition models generator protection dpsgd sharing methods client checks
-exchange server runs"""  # the modules that a run's numbers depend on
+COUNTED = """errors keys metrics devices files folder data partition models generator protection dpsgd sharing methods client
+checks exchange server runs"""  # the modules that a run's numbers depend on
 
 
 @dataclass(frozen=True)
@@ -55,14 +56,6 @@ class Job:
     network: str = "smallcnn"  # see `models.Backbone`
     weights: str = ""
     compute: str = "cpu"  # see `models.compute_device`
-
-
-def out_folder(out: str = "") -> Path:
-    """Where runs and results go: the argument, else $FEDSSG_OUT, else out/ of the clone or (there is none) of this folder."""
-    project = sources.PROJECT_DATA.parent if sources.PROJECT_DATA.is_dir() else Path.cwd()
-    folder = Path(out or os.environ.get("FEDSSG_OUT") or project / "out")
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 @functools.lru_cache(maxsize=2)

@@ -230,9 +230,12 @@ def distribute(wishes: np.ndarray, pool: Pool, client: int, seed: int) -> torch.
 
 
 def packed(images: torch.Tensor) -> list[bytes]:
-    """uint8 images (N, C, H, W) as they travel: lossless WebP pictures of up to 100 images, one below the other."""
+    """uint8 images (N, C, H, W) as they travel: lossless WebP pictures of up to 100 images, one below the other.
+
+    A picture has 16,383 rows at most.
+    """
     pictures = []
-    for part in images.split(100) if len(images) else ():
+    for part in images.split(min(100, 16383 // images.shape[2])) if len(images) else ():
         column = part.permute(0, 2, 3, 1).reshape(-1, part.shape[3], part.shape[1]).numpy()
         stream = io.BytesIO()
         Image.fromarray(column.squeeze()).convert("RGB").save(stream, "WEBP", lossless=True, method=1)
@@ -255,9 +258,10 @@ def unpacked(pictures: list[bytes], channels: int, size: int) -> torch.Tensor:
 def channel_sums(client: Client, devices: int) -> torch.Tensor:
     """Sum and sum of squares of each channel's values 0..255, per device: float64 (D, 2, C), exact."""
     sums = torch.zeros(devices, 2, client.images.shape[1], dtype=torch.float64)
-    for d in client.device.unique().tolist():
-        values = client.images[client.device == d].transpose(0, 1).flatten(1).double()
-        sums[d] = torch.stack([values.sum(1), values.square().sum(1)])
+    for images, device in zip(client.images.split(64), client.device.split(64)):
+        for d in device.unique().tolist():
+            values = images[device == d].transpose(0, 1).flatten(1).double()
+            sums[d] += torch.stack([values.sum(1), values.square().sum(1)])
     return sums
 
 

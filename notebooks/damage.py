@@ -31,8 +31,8 @@ N = 48
 def _arrays(kind: str) -> dict[str, np.ndarray]:
     """The arrays of a good file."""
     images = np.arange(N * 28 * 28 * 3, dtype=np.uint32).reshape(N, 28, 28, 3).astype(np.uint8)
-    labels = np.arange(N) % 7
-    if kind == "medmnist":  # dermamnist: three parts of 16
+    labels = np.arange(N) % (8 if kind == "medmnist" else 7)
+    if kind == "medmnist":  # bloodmnist, eight classes: three parts of 16
         parts = dict(images=images, labels=labels[:, None].astype(np.uint8))
         return {
             f"{side}_{key}": part[16 * i : 16 * i + 16]
@@ -170,10 +170,10 @@ LABELS = {
     "a label below 0": lambda y, random: y.astype(int) - 1,
     "a label too high": lambda y, random: y + 1,
     "an absurd label": lambda y, random: y.astype(int) + 10 ** int(random.integers(3, 18)),
-    "labels one-hot": lambda y, random: np.eye(7, dtype=int)[y.ravel()],
+    "labels one-hot": lambda y, random: np.eye(8, dtype=int)[y.ravel()],
     "labels as text": lambda y, random: y.astype(str),
     "labels as dates": lambda y, random: y.astype("M8[D]"),
-    "all labels alike": lambda y, random: np.where(y < 0, y, 7),
+    "all labels alike": lambda y, random: np.where(y < 0, y, 8),
     "labels pickled": lambda y, random: OBJECTS,
     "labels too few": lambda y, random: y[: random.integers(len(y))],
     "labels missing": lambda y, random: None,
@@ -298,7 +298,7 @@ def files(folder, number: int = 300, seed: int = 0):
         if kind == "table":
             (way, content), file = _table(place, i // len(KINDS), random), place / "HAM10000_metadata.csv"
         else:
-            name = {"own": "mine.npz", "ham10000": "ham10000_28.npz", "medmnist": "dermamnist.npz"}[kind]
+            name = {"own": "mine.npz", "ham10000": "ham10000_28.npz", "medmnist": "bloodmnist.npz"}[kind]
             (way, content), file = _npz(kind, i // len(KINDS), random), place / name
         file.write_bytes(content)
-        yield way, {"own": str(file), "medmnist": "dermamnist"}.get(kind, "ham10000"), place, file
+        yield way, {"own": str(file), "medmnist": "bloodmnist"}.get(kind, "ham10000"), place, file

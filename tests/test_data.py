@@ -3,6 +3,7 @@
 import csv
 import re
 import runpy
+import shutil
 import sys
 import zipfile
 
@@ -11,7 +12,7 @@ import pytest
 from PIL import Image
 from torchvision.datasets import utils
 
-from fedssg_helpers import data, partition
+from fedssg_helpers import data, files, partition
 from fedssg_helpers.data import DataError, ImageSet, load
 
 N = 60
@@ -266,7 +267,7 @@ def test_other_files_that_are_no_npz(tmp_path):
 
 
 def test_absurd_size_is_refused_before_unpacking(tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "MOST_BYTES", 1000)
+    monkeypatch.setattr(files, "MOST_BYTES", 1000)
     with pytest.raises(DataError, match="unpacks to"):
         load(saved(tmp_path / "big.npz"))
 
@@ -360,7 +361,6 @@ MEDMNIST_FAULTS = [
     ),
     ("breastmnist", dict(val_images=np.zeros((10, 20, 20), np.uint8)), "images differ in shape"),
     ("breastmnist", dict(val_images=np.uint8(3)), "images differ in shape"),
-    ("breastmnist", dict(train_lesion_id=np.arange(30)), "lacks val_lesion_id, test_lesion_id"),
     ("breastmnist", dict(test_labels=np.full((20, 1), 9, np.uint8)), "out of the range 0 to 1"),
 ]
 
@@ -370,7 +370,7 @@ def test_medmnist_faults(tmp_path, name, changes, cause):
     medmnist_file(tmp_path / f"{name}.npz", **changes)
     with pytest.raises(DataError, match=cause):
         load(name, tmp_path)
-    with pytest.raises(DataError, match="size 28, 64 or 128"):
+    with pytest.raises(DataError, match="size 28, 64, 128 or 224"):
         load("breastmnist", tmp_path, 32)
 
 
@@ -399,7 +399,40 @@ def test_a_download_is_kept(tmp_path, monkeypatch, size, name):
 def test_dermamnist_has_lesions(shared_data):
     d = load("dermamnist", shared_data)
     check(d)
-    assert len(d) == 10015 and d.official_test is None and len(np.unique(d.group)) == 7470
+    assert len(d) == 10015 and d.official_test is None and len(np.unique(d.group)) == 7452
+    assert d.devices == ("rosendahl", "vidir_modern", "vidir_molemax", "vienna_dias") and not d.simulated
+    ham = load("ham10000", shared_data)  # the same images, in another order
+    count = [np.bincount(s.labels * 4 + s.device, minlength=28) for s in (d, ham)]
+    np.testing.assert_array_equal(*count)
+
+
+def test_dermamnist_with_simulated_devices(shared_data):
+    real, d = load("dermamnist", shared_data), load("dermamnist-simulated", shared_data)
+    check(d)
+    assert d.simulated and len(d.devices) == 4 and d.devices != real.devices
+    np.testing.assert_array_equal(d.group, real.group)
+    np.testing.assert_array_equal(d.labels, real.labels)
+    assert (d.images != real.images).any((1, 2, 3)).all()
+
+
+def test_dermamnist_with_other_labels_or_images_is_refused(shared_data, tmp_path):
+    with np.load(shared_data / "dermamnist.npz", allow_pickle=False) as file:
+        arrays = {key: file[key] for key in file.files}
+    arrays["val_labels"] = (arrays["val_labels"] + 1) % 7
+    np.savez(tmp_path / "dermamnist.npz", **arrays)
+    with pytest.raises(
+        DataError, match="has 1003 other labels than the table of its sources.*Download it again"
+    ):
+        load("dermamnist", tmp_path)
+    medmnist_file(tmp_path / "dermamnist.npz", channels=(3,))
+    with pytest.raises(DataError, match="has another number of images than the table"):
+        load("dermamnist", tmp_path)
+
+
+def test_the_tables_of_ham10000_come_with_their_licence():
+    text = (data.PROJECT_DATA / "LICENCE-HAM10000-tables.txt").read_text()
+    tables = {path.name for path in data.PROJECT_DATA.iterdir() if ".csv" in path.suffixes}
+    assert len(tables) == 2 and all(name in text for name in tables) and "CC BY-NC 4.0" in text
 
 
 def test_pneumoniamnist_has_its_official_split(shared_data):
@@ -467,10 +500,12 @@ def test_ham10000_is_prepared_once(tmp_path):
 
 def test_a_read_only_folder_falls_back_to_the_projects_own(tmp_path, monkeypatch):
     publisher(tmp_path / "source", parts=("images",))
+    (tmp_path / "project").mkdir()
+    shutil.copy(data.PROJECT_DATA / "ham10000_duplicates.csv", tmp_path / "project")
     monkeypatch.setattr(data, "PROJECT_DATA", tmp_path / "project")
     monkeypatch.setattr(data.os, "access", lambda path, mode: False)
     check(load("ham10000", tmp_path / "source"))
-    assert [path.name[:12] for path in (tmp_path / "project").iterdir()] == ["ham10000_28_"]
+    assert [path.name[:12] for path in (tmp_path / "project").glob("*.npz")] == ["ham10000_28_"]
     assert not list((tmp_path / "source").glob("*.npz"))
 
 
@@ -538,7 +573,7 @@ def test_ham10000_ready_file(shared_data):
     assert set(d.devices) == {"rosendahl", "vidir_modern", "vidir_molemax", "vienna_dias"}
     cells = np.zeros((7, 4), int)
     np.add.at(cells, (d.labels, d.device), 1)
-    assert (cells == 0).sum() == 2 and len(np.unique(d.group)) == 7470
+    assert (cells == 0).sum() == 2 and len(np.unique(d.group)) == 7452
 
 
 def test_ham10000_publishers_sample(shared_data, tmp_path):

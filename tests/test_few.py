@@ -18,6 +18,7 @@ from fedssg_helpers import (
     devices,
     dpsgd,
     exchange,
+    files,
     generator,
     metrics,
     models,
@@ -32,9 +33,7 @@ from fedssg_helpers.keys import rng
 from fedssg_helpers.methods import Sharing
 from fedssg_helpers.partition import Client, Federation
 
-MODULES = (
-    "devices partition models generator protection dpsgd sharing client checks exchange metrics privacy plots"
-)
+MODULES = "devices files partition models generator protection dpsgd sharing client checks exchange metrics privacy plots"
 TAKE = set(
     "images image samples data client clients pool labels x drawn own picture rows donor outside".split()
 )
@@ -67,6 +66,7 @@ CASES = {
     "devices.render": lambda f: devices.apply(f.images.numpy(), f.zeros.numpy()),
     "devices.apply": lambda f: devices.apply(f.images.numpy(), f.zeros.numpy()),
     "devices.assign": lambda f: devices.assign(f.labels.numpy(), f.zeros.numpy()),
+    "files.pick": lambda f: files.pick(f.images.numpy(), np.arange(f.n)),
     "partition.federate": lambda f: partition.federate(f.set),
     "partition.clients_of": lambda f: partition.clients_of(f.set, [np.arange(f.n)]),
     "partition.split": lambda f: partition.split(f.set),

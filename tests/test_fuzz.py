@@ -8,7 +8,7 @@ import damage
 import numpy as np
 import pytest
 
-from fedssg_helpers import course, data
+from fedssg_helpers import course, data, files
 from fedssg_helpers.__main__ import main
 
 WAYS = damage.BYTES, damage.IMAGES, damage.LABELS, damage.DEVICE, damage.NAMES, damage.GROUP, damage.TABLE
@@ -116,7 +116,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked(command, tmp_path, monkeypatch)
         tmp_path / "bomb.npz", images=np.zeros((40_000, 28, 28), np.uint8), labels=np.zeros(40_000)
     )
     assert (tmp_path / "bomb.npz").stat().st_size < 100_000
-    monkeypatch.setattr(data, "MOST_BYTES", 2**20)
+    monkeypatch.setattr(files, "MOST_BYTES", 2**20)
     monkeypatch.setattr(np, "load", None)
     status, error = command(str(tmp_path / "bomb.npz"), tmp_path)
     assert status == 2 and "unpacks to" in error
