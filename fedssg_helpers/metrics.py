@@ -7,6 +7,8 @@ recall: it is left out, never counted as 0.
 import numpy as np
 from scipy.special import log_softmax, softmax
 
+from .errors import require
+
 
 def confusions(labels, predicted, device, classes: int, devices: int) -> np.ndarray:
     """Test images (N,), counted in a matrix per device: int64 (D, C, C), ``[d, i, j]`` of class i called j.
@@ -58,6 +60,7 @@ def calibration_error(logits, labels, temperature: float = 1.0, bins: int = 15) 
 
     Predictions are sorted into `bins` by their probability; averaged is the distance of mean probability and accuracy.
     """
+    require(len(labels) > 0, "the number of test images", 0, "at least 1")
     chance = softmax(np.asarray(logits, float) / temperature, axis=1)
     sure, right = chance.max(1), chance.argmax(1) == np.asarray(labels)
     which = np.minimum((sure * bins).astype(int), bins - 1)
@@ -68,6 +71,7 @@ def best_temperature(logits, labels) -> float:
     """The temperature, 0.05..20, with the least cross-entropy on these images: logits (N, C), labels (N,)."""
     from scipy.optimize import minimize_scalar  # here, because most processes start without it
 
+    require(len(labels) > 0, "the number of validation images", 0, "at least 1")
     logits, labels = np.asarray(logits, float), np.asarray(labels)
 
     def loss(log_t: float) -> float:

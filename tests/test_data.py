@@ -296,8 +296,19 @@ def phantom():
 
 def test_phantom(phantom):
     check(phantom)
-    with pytest.raises(DataError, match="size is 64, but the phantoms are built in at 28 only"):
-        load("phantom", size=64)
+    with pytest.raises(DataError, match="size is 300. Give 16 to 256 pixels"):
+        load("phantom", size=300)
+    larger = data.phantom(64, first=20)
+    assert larger.images.shape == (20, 3, 64, 64) and larger.classes == phantom.classes
+    np.testing.assert_array_equal(larger.labels, phantom.labels[:20])
+    np.testing.assert_array_equal(larger.device, phantom.device[:20])
+    small = (
+        larger.images.reshape(20, 3, 16, 4, 16, 4).mean((3, 5)),
+        phantom.images[:20].reshape(20, 3, 14, 2, 14, 2).mean((3, 5)),
+    )
+    assert np.corrcoef(small[0].mean((2, 3)).ravel(), small[1].mean((2, 3)).ravel())[0, 1] > 0.9, (
+        "the same lesions"
+    )
     assert phantom.simulated and len(phantom.devices) == 4 and phantom.images.shape[1:] == (3, 28, 28)
     assert (data.PROJECT_DATA / "phantom.npz").stat().st_size <= 4_000_000
     share = np.bincount(phantom.labels) / len(phantom)
