@@ -20,18 +20,20 @@ class Client:
     images: torch.Tensor  # uint8 (N, C, H, W)
     labels: torch.Tensor  # int64 (N,), the class of each image
     device: torch.Tensor  # int64 (N,), its imaging device
+    group: torch.Tensor | None = None  # int64 (N,), its lesion or patient (None: all differ); it never travels
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, rows) -> Client:
         """The images at `rows` (positions or a mask)."""
-        return Client(self.images[rows], self.labels[rows], self.device[rows])
+        return Client(*(part if part is None else part[rows] for part in vars(self).values()))
 
     @staticmethod
     def joined(clients: list[Client]) -> Client:
-        """All clients' images in one place, as centralised training needs them."""
-        return Client(*map(torch.cat, zip(*((c.images, c.labels, c.device) for c in clients))))
+        """All clients' images in one place, as centralised training needs them; with groups if all have them."""
+        parts = zip(*(vars(c).values() for c in clients))
+        return Client(*(None if any(x is None for x in part) else torch.cat(part) for part in parts))
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def federate(images: ImageSet, seed: int = 0, *, count: int = 0, **skew) -> Fede
 
 def clients_of(images: ImageSet, parts: list[np.ndarray]) -> list[Client]:
     """The hospitals' data, as tensors, for a partition given as positions of images."""
-    arrays = images.images, images.labels, images.device
+    arrays = images.images, images.labels, images.device, images.group
     return [Client(*(torch.from_numpy(array[part]) for array in arrays)) for part in parts]
 
 

@@ -33,8 +33,8 @@ from .errors import require
 from .methods import METHODS, Method, describe
 from .server import Run
 
-COUNTED = """errors keys metrics devices data partition models generator protection dpsgd sharing methods client checks
-exchange server runs"""  # the modules that a run's numbers depend on
+COUNTED = """errors keys metrics devices data partition models generator protection dpsgd dpmeans sharing methods client
+checks exchange server runs"""  # the modules that a run's numbers depend on
 
 
 @dataclass(frozen=True)
