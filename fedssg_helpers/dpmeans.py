@@ -17,11 +17,12 @@ from scipy.optimize import brentq
 from scipy.special import log_ndtr, ndtr
 from torch import Tensor
 
-from . import data
+from . import data, devices
 from .errors import require
 from .keys import one_thread
 from .models import augment, scale, unscale
 
+EVERY = 8  # of so many phantoms one is used: they are quick to load then, and enough for a scale
 WAVES, SLOW = 6, 4  # cosine waves along each side of an image; the class means use the slower ones only
 PARTS = {"centre": 0.1, "means": 0.7, "spread": 0.2}  # of mu squared, the budget of the three releases
 WIDER = {"centre": 2.0, "means": 1.0, "spread": 3.0}  # clips of the three, in units of `DPMeans.clip`
@@ -57,12 +58,14 @@ def public(channels: int, size: int) -> Public:
     Which orientations are plausible is a choice here, as a hospital's own images may not be asked: all eight in colour,
     and for grey images, which have an up and a down as X-rays do, only the first.
     """
-    waves, phantom = cosines(channels, size), data.load("phantom")
-    x = scale(torch.from_numpy(phantom.images))
+    waves, drawn = cosines(channels, size), data.read_npz(data.PROJECT_DATA / "phantom.npz", data.NO_CLONE)
+    images, label, device = (drawn[name][::EVERY] for name in ("images", "labels", "device"))
+    device = np.unique(device, return_inverse=True)[1]
+    x = scale(torch.from_numpy(devices.apply(images.transpose(0, 3, 1, 2), device)))
     z = (x if channels == 3 else x.mean(1, keepdim=True)).flatten(1) @ cosines(channels, 28).flatten(1).T
     turned = [augment(waves, o).flatten(1) for o in (range(8) if channels == 3 else (0,))]
     turns = torch.stack(turned) @ waves.flatten(1).T * size**2
-    cells = torch.from_numpy(phantom.labels * len(phantom.devices) + phantom.device)
+    cells = torch.from_numpy(np.unique(np.stack([label, device]), axis=1, return_inverse=True)[1].ravel())
     inside = z - torch.stack([z[cells == c].mean(0) for c in range(int(cells.max()) + 1)])[cells]
     covariance = (turns @ torch.cov(inside.T) @ turns.mT).mean(0)
     unit, low = covariance.diagonal().sqrt(), (torch.arange(WAVES) < SLOW).float()
