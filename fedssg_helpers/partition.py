@@ -20,7 +20,7 @@ class Client:
     images: torch.Tensor  # uint8 (N, C, H, W)
     labels: torch.Tensor  # int64 (N,), the class of each image
     device: torch.Tensor  # int64 (N,), its imaging device
-    group: torch.Tensor | None = None  # int64 (N,), its lesion or patient (None: all differ); it never travels
+    group: torch.Tensor | None = None  # int64 (N,), its lesion or patient (None: all differ); stays at home
 
     def __len__(self) -> int:
         return len(self.labels)
