@@ -12,6 +12,7 @@ models      SmallCNN as one flat vector; how images enter it                    
 generator   the class-conditional VAE and its closed form                       02
 protection  what a hospital can do against leaks before it uploads              06
 dpsgd       a generator with differential privacy                               06
+dpmeans     the same in closed form: noisy means and one covariance             06
 sharing     counts, rules, plan, pool                                           03
 described   methods and parts as plain data: messages, cache keys               04
 methods     what each method changes, a class of a few lines each; METHODS      04

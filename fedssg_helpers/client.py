@@ -197,7 +197,9 @@ def synthesise(data: Client, wanted: np.ndarray, k: int, seed: int, how=Sharing(
             keep = protection.inliers(data.images, cells, guard.outlier, orientations)
             served[torch.bincount(cells[keep], minlength=len(served)).numpy() < generator.MINIMUM] = 0
         random = rng(seed, "generator", k)
-        sample = how.source(data.images[keep], data.labels[keep], cells[keep], random, orientations)
+        own = data.take(keep)
+        groups = {"groups": own.group} if getattr(how.source, "per_group", False) else {}
+        sample = how.source(own.images, own.labels, cells[keep], random, orientations, **groups)
         limits = protection.limits(data.images, cells, guard.reject, orientations) if guard.reject else {}
     for cell in map(int, np.flatnonzero(served)):
         random = rng(seed, "samples 0", k, cell)

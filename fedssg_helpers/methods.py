@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from . import sharing as strategy
 from .described import describe as describe
+from .dpmeans import DPMeans as DPMeans
 from .dpsgd import DPSGD as DPSGD
 from .errors import require
 from .generator import ClosedForm
@@ -236,7 +237,8 @@ class Sharing:
     """Synthetic samples are exchanged, once, before the rounds.
 
     A source learns from a hospital's images: ``source(images, labels, cells, random, orientations)`` returns a function
-    ``sample(cell, number, random)`` that gives uint8 images. See `generator.ClosedForm`; yours works the same way.
+    ``sample(cell, number, random)`` that gives uint8 images. See `generator.ClosedForm`; yours works the same way. One
+    with an attribute ``per_group = True`` is also given ``groups=`` (lesion or patient of each image, or None).
     """
 
     rule: object = strategy.class_and_device  # who gets what: rule(have, budget), see `sharing.plan`
@@ -252,6 +254,17 @@ class Sharing:
         require(self.to in to, "to", self.to, f"one of {to}")
         require(self.pretrain_steps >= 0, "pretrain_steps", self.pretrain_steps, "0 or above")
         _callable(self, "rule" if isinstance(self.source, RealImages) else "rule source")
+        looks = self.protection.reject or self.protection.outlier
+        if looks and np.isfinite(getattr(self.source, "epsilon", np.inf)):
+            cure = "leave reject and outlier at 0 (noise is allowed), or share without differential privacy"
+            raise ValueError(
+                f"a protection that compares with the images voids the private generator's guarantee: {cure}"
+            )
+        covered = not (
+            hasattr(self.source, "epsilon") and (self.protection.reject or self.protection.outlier)
+        )
+        needed = "without reject and outlier: they look at real images outside of differential privacy"
+        require(covered, "protection", self.protection, needed)
 
 
 @dataclass(frozen=True)

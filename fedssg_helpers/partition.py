@@ -21,6 +21,7 @@ class Client:
     images: torch.Tensor  # uint8 (N, C, H, W)
     labels: torch.Tensor  # int64 (N,), the class of each image
     device: torch.Tensor  # int64 (N,), its imaging device
+    group: torch.Tensor | None = None  # int64 (N,), its lesion or patient (None: all differ); stays at home
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -28,15 +29,17 @@ class Client:
     def take(self, rows) -> Client:
         """The images at `rows` (positions or a mask)."""
         images = torch.from_numpy(pick(self.images.numpy(), rows))
-        return Client(images, self.labels[rows], self.device[rows])
+        group = None if self.group is None else self.group[rows]
+        return Client(images, self.labels[rows], self.device[rows], group)
 
     @staticmethod
     def joined(clients: list[Client]) -> Client:
-        """All clients' images in one place, as centralised training needs them."""
+        """All clients' images in one place, as centralised training needs them; with groups if all have them."""
         images = room((sum(map(len, clients)), *clients[0].images.shape[1:]))
         np.concatenate([c.images.numpy() for c in clients], out=images)
-        labels, device = (torch.cat([getattr(c, name) for c in clients]) for name in ("labels", "device"))
-        return Client(torch.from_numpy(images), labels, device)
+        parts = ([getattr(c, name) for c in clients] for name in ("labels", "device", "group"))
+        parts = (None if any(x is None for x in part) else torch.cat(part) for part in parts)
+        return Client(torch.from_numpy(images), *parts)
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,13 @@ def federate(images: ImageSet, seed: int = 0, *, count: int = 0, **skew) -> Fede
 def clients_of(images: ImageSet, parts: list[np.ndarray]) -> list[Client]:
     """The hospitals' data, as tensors, for a partition given as positions of images."""
     rows = np.concatenate(parts)
-    whole = Client(
-        *map(torch.from_numpy, (pick(images.images, rows), images.labels[rows], images.device[rows]))
+    arrays = (
+        pick(images.images, rows),
+        *(getattr(images, name)[rows] for name in ("labels", "device", "group")),
     )
+    whole = vars(Client(*map(torch.from_numpy, arrays))).values()
     ends = np.cumsum([0, *map(len, parts)])
-    return [Client(whole.images[a:b], whole.labels[a:b], whole.device[a:b]) for a, b in zip(ends, ends[1:])]
+    return [Client(*(part[a:b] for part in whole)) for a, b in zip(ends, ends[1:])]
 
 
 def split(images: ImageSet, test: float = 0.25, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

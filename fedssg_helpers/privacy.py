@@ -1,6 +1,6 @@
 """What shared samples give away: attacks on what a hospital uploads, planted canaries, and the audit card.
 
-No attack that fails proves privacy: a better one may succeed. Only differential privacy bounds them all, see `dpsgd`.
+No attack that fails proves privacy: a better one may succeed. Only differential privacy bounds them all, see `dpmeans`.
 """
 
 from __future__ import annotations
@@ -189,8 +189,8 @@ def resemblance(images: Tensor, samples: Tensor, orientations=range(8)) -> Tenso
 
 
 def plant(client: Client, image: Tensor, c: int, device: int) -> Client:
-    """The hospital with one more image (1, C, H, W), said to be of class c."""
-    return Client.joined([client, Client(image, torch.tensor([c]), torch.tensor([device]))])
+    """The hospital with one more image (1, C, H, W), said to be of class c, in a group of its own."""
+    return Client.joined([client, Client(image, *torch.tensor([[c], [device], [-1]]))])
 
 
 def _look_for(image: Tensor, free: Tensor, samples: Tensor, copy: float, orientations) -> tuple[dict, Tensor]:

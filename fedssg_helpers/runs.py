@@ -35,7 +35,7 @@ from .methods import METHODS, Method, describe
 from .models import Backbone, compute_device
 from .server import Run
 
-COUNTED = """errors keys metrics devices files folder data partition models generator protection dpsgd sharing methods client
+COUNTED = """errors keys metrics devices files folder data partition models generator protection dpsgd dpmeans sharing methods client
 checks exchange server runs"""  # the modules that a run's numbers depend on
 
 

@@ -16,6 +16,7 @@ from fedssg_helpers import (
     checks,
     client,
     devices,
+    dpmeans,
     dpsgd,
     exchange,
     files,
@@ -33,7 +34,7 @@ from fedssg_helpers.keys import rng
 from fedssg_helpers.methods import Sharing
 from fedssg_helpers.partition import Client, Federation
 
-MODULES = "devices files partition models generator protection dpsgd sharing client checks exchange metrics privacy plots"
+MODULES = "devices files partition models generator protection dpsgd dpmeans sharing client checks exchange metrics privacy plots"
 TAKE = set(
     "images image samples data client clients pool labels x drawn own picture rows donor outside".split()
 )
@@ -92,6 +93,7 @@ CASES = {
     "protection.redraw": lambda f: protection.redraw(f.images, f.images, 0.0, [0], lambda n: f.images[:n]),
     "protection.add_noise": lambda f: protection.add_noise(f.images, 5, f.random),
     "dpsgd.fit_private": lambda f: dpsgd.fit_private(f.images, f.labels, 2, 10.0, f.random, steps=1),
+    "dpmeans.DPMeans": lambda f: dpmeans.DPMeans()(f.images, f.labels, f.zeros, f.random)(0, 1, f.random),
     "sharing.reports": lambda f: sharing.reports([f.client], 2, 1),
     "sharing.distribute": lambda f: sharing.distribute(f.wanted, f.pool, 0, 0),
     "sharing.packed": lambda f: sharing.unpacked(sharing.packed(f.images), 3, 16),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import is_dataclass
+from dataclasses import is_dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -48,13 +48,14 @@ def save_hospitals(federation: Federation, folder, seed: int) -> list[Path]:
     """Write ``hospital_<k>/data.npz`` for each hospital: its images, and the test images that it tests (by `seed`).
 
     Plain arrays, no pickle: images uint8 (N, C, H, W), labels and device int64 (N,), the same with ``test_`` in front,
-    and the names of classes and devices.
+    the names of classes and devices, and where they are known the groups of its images, int64 (N,), which never travel.
     """
     files, home = [], home_of_tests(federation, seed)
     for k, own in enumerate(federation.clients):
         arrays = {"classes": np.array(federation.classes), "devices": np.array(federation.devices)}
         for front, images in ("", own), ("test_", federation.test.take(home == k)):
             arrays |= {front + part: getattr(images, part).numpy() for part in PARTS}
+        arrays |= {} if own.group is None else {"group": own.group.numpy()}
         files.append(Path(folder) / f"hospital_{k}" / "data.npz")
         files[k].parent.mkdir(parents=True, exist_ok=True)
         np.savez(files[k], **arrays)
@@ -73,6 +74,10 @@ def load_hospital(file, k: int) -> Hospital:
         Client(*(torch.from_numpy(arrays[front + part]) for part in PARTS)) for front in ("", "test_")
     )
     names = [tuple(map(str, arrays[what])) for what in ("classes", "devices")]
+    if "group" in arrays:
+        if arrays["group"].shape != (len(own),) or arrays["group"].dtype != np.int64:
+            raise DataError(f"{file}: group must be int64, one for each image. {cure}")
+        own = replace(own, group=torch.from_numpy(arrays["group"]))
     for images in (own, tests):
         sizes, codes = (
             {len(images.images), *map(len, (images.labels, images.device))},
