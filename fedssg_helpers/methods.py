@@ -254,17 +254,6 @@ class Sharing:
         require(self.to in to, "to", self.to, f"one of {to}")
         require(self.pretrain_steps >= 0, "pretrain_steps", self.pretrain_steps, "0 or above")
         _callable(self, "rule" if isinstance(self.source, RealImages) else "rule source")
-        looks = self.protection.reject or self.protection.outlier
-        if looks and np.isfinite(getattr(self.source, "epsilon", np.inf)):
-            cure = "leave reject and outlier at 0 (noise is allowed), or share without differential privacy"
-            raise ValueError(
-                f"a protection that compares with the images voids the private generator's guarantee: {cure}"
-            )
-        covered = not (
-            hasattr(self.source, "epsilon") and (self.protection.reject or self.protection.outlier)
-        )
-        needed = "without reject and outlier: they look at real images outside of differential privacy"
-        require(covered, "protection", self.protection, needed)
 
 
 @dataclass(frozen=True)
