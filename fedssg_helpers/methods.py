@@ -254,6 +254,10 @@ class Sharing:
         require(self.to in to, "to", self.to, f"one of {to}")
         require(self.pretrain_steps >= 0, "pretrain_steps", self.pretrain_steps, "0 or above")
         _callable(self, "rule" if isinstance(self.source, RealImages) else "rule source")
+        looks = self.protection.reject or self.protection.outlier
+        covered = not (hasattr(self.source, "epsilon") and looks)
+        needed = "without reject and outlier: they look at real images outside of differential privacy"
+        require(covered, "protection", self.protection, needed)
 
 
 @dataclass(frozen=True)
@@ -268,9 +272,7 @@ class Method:
     sharing: object = None  # Sharing(...), Copies(...) or nothing
     server: object = Mean()
     stays: str = ""  # weights that stay at home: "norm" (FedBN, arXiv 2102.07623), "all" (it trains alone)
-    network: object = (
-        Backbone()
-    )  # makes the classifier: network(channels, classes, seed, compute), a `models.Flat`
+    network: object = Backbone()  # or your own (channels, classes, seed, compute) -> a `models.Flat`
     pooled: bool = False  # all real images in one place: the bound that methods are judged by, not federated
 
     def __post_init__(self):
