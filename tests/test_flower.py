@@ -317,6 +317,7 @@ def test_a_hospitals_file_is_all_of_its_own_and_nothing_else(app, three, tmp_pat
         for part in app.task.PARTS:
             assert torch.equal(getattr(mine.data, part), getattr(three.clients[k], part))
             assert torch.equal(getattr(mine.test, part), getattr(three.test, part)[home == k])
+        assert torch.equal(mine.data.group, three.clients[k].group) and mine.test.group is None
         assert (mine.k, mine.classes, mine.devices) == (k, three.classes, three.devices)
     assert sum(len(mine.test) for mine in found) == len(three.test)
 
@@ -326,6 +327,7 @@ BAD = {
     "too few labels": {"labels": np.zeros(2, np.int64)},
     "no such class": {"labels": np.full(60, 99)},
     "float images": {"test_images": np.zeros((5, 3, 28, 28), np.float32)},
+    "too few groups": {"group": np.zeros(2, np.int64)},
     "no names": {"classes": None},
     "a pickle": {"devices": np.array([{}], object)},
 }
