@@ -27,6 +27,7 @@ from fedssg_helpers.methods import RealImages, Sharing
 from fedssg_helpers.models import augment
 from fedssg_helpers.partition import Client
 from fedssg_helpers.protection import Protection
+from fedssg_helpers.sharing import Budget
 
 IMAGES = data.load("phantom")
 
@@ -178,7 +179,8 @@ def test_a_cell_with_too_few_inliers_is_not_uploaded(hospitals, monkeypatch):
 
 
 def test_sharing_real_images_is_found_out(hospitals, groups):
-    shared = server.share(hospitals, Sharing(source=RealImages()), 0)
+    everything = Sharing(source=RealImages(), budget=Budget(receive=5000))
+    shared = server.share(hospitals, everything, 0)
     found = privacy.membership(hospitals.clients, hospitals.test, shared.pool, groups=groups)
     sent = found[found.held <= 60]  # of small cells a large part was uploaded
     assert privacy.auc(sent, "nearest") > 0.75 and privacy.auc(sent, "subspace") > 0.75
