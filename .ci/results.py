@@ -31,6 +31,7 @@ PLAN = [  # what, seeds, methods, rules whose budget is varied
     (HAM, 5, MAIN, RULES),
     (HAM, 10, CORE, RULES),
     (TEN, 10, CORE, RULES),
+    (HAM | {"generators": "true"}, 10, "", ""),
     (HAM, 20, MAIN, ""),
     (DERMA, 10, CORE, RULES),
     (PHANTOM, 10, CORE, RULES),
@@ -44,7 +45,7 @@ PLAN = [  # what, seeds, methods, rules whose budget is varied
 
 
 def missing(what: dict, seed: int, methods: str, rules: str) -> tuple[list[str], list[str], float]:
-    """Methods and rules that the file lacks for a seed, and their work, in whole runs of this setting."""
+    """Methods and rules that the file lacks for a seed, and all the work, in whole runs of this setting."""
     here = (made.dataset == what["data"]) & (made.setting == what["setting"]) & (made.seed == seed)
     there = set(made.method[here])
     lacking = [name for name in filter(None, methods.split(",")) if name not in there]
@@ -52,7 +53,12 @@ def missing(what: dict, seed: int, methods: str, rules: str) -> tuple[list[str],
     trials = sum(
         {"fedprox": 9, "fedavgm": 9}.get(name, 5 if METHODS[name].sharing else 3) for name in lacking
     )
-    return lacking, varied, len(lacking) + trials * 0.75 * 10 / what["rounds"] + BUDGETS * len(varied)
+    others = 16 if "generators" in what and "dp, epsilon=3: receive=100" not in there else 0
+    return (
+        lacking,
+        varied,
+        others + len(lacking) + trials * 0.75 * 10 / what["rounds"] + BUDGETS * len(varied),
+    )
 
 
 def command(what: dict, seed: int, methods: list[str], rules: list[str]) -> list[str]:
@@ -64,6 +70,7 @@ def command(what: dict, seed: int, methods: list[str], rules: list[str]) -> list
         "seeds": 1,
         "tuning": 10,
     }
+    options |= {"generators": what.get("generators", "false")}
     options |= {
         "methods": ",".join(methods) or "none",
         "budgets": ",".join(rules),
