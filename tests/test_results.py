@@ -62,7 +62,7 @@ def test_each_reported_seed_chose_on_validation_images_of_its_own(results):
             grid[grid.metric == "chosen"],
             here[here.metric == "lr"].set_index(["method", "seed"]).value,
         )
-        assert len(chosen) >= 5 * 5
+        assert len(chosen) >= 3 * 5
         for label, seed in zip(chosen.method, chosen.seed):
             name = label.split(":")[0]
             own = scores[
