@@ -72,7 +72,7 @@ MOVES = {
         "floor": (2, "", "picture"),
         "per image": (-2, r"up ([.\d]+) MB", "-"),
         "receive": (-8, r"to (\d+) to each", "-"),
-        "may not share": (5, r"up ([.\d]+) MB", "-"),
+        "may not share": (5, "", "picture"),
     },
     "04": {
         "method": (1, "", "name"),
