@@ -387,7 +387,9 @@ def test_every_dial(browser, lab, path):
             box.shoot(f"{path.stem}-{i}")
             for dial in box.dials.all():
                 assert dial.locator("[title]").count(), f"{name_of(dial)} has a tooltip"
-                chooses = name_of(dial) == "budget" and path.stem == "explorer"  # among three, typing does nothing
+                chooses = (
+                    name_of(dial) == "budget" and path.stem == "explorer"
+                )  # among three, typing does nothing
                 if dial.locator("[contenteditable=true]").count() and not chooses:
                     nonsense(box, name_of(dial))
                 if not box.at.locator("button").count():  # a live run's dials are moved in its own test
