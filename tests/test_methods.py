@@ -151,7 +151,7 @@ def test_each_part_does_something_and_is_bit_equal_when_repeated(change, plain):
 
 
 def test_every_part_is_named_above():
-    changed = {name for change in CHANGES.values() for name in change} | {"lr", "pooled"}
+    changed = {name for change in CHANGES.values() for name in change} | {"lr", "pooled", "network"}
     assert changed == {field.name for field in fields(Method)}
 
 
