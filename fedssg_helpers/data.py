@@ -35,9 +35,7 @@ class ImageSet:
     """Images with everything that the course needs to know about them."""
 
     name: str
-    images: (
-        np.ndarray
-    )  # uint8 (N, C, H, W), C in {1, 3}, H = W; a folder's are mapped into memory, to be read only
+    images: np.ndarray  # uint8 (N, C, H, W), C in {1, 3}, H = W; read only where they are mapped into memory
     labels: np.ndarray  # int64 (N,), positions in `classes`
     device: np.ndarray  # int64 (N,), positions in `devices`
     group: np.ndarray  # int64 (N,), lesion or patient: a group never falls on both sides of a split
@@ -65,8 +63,8 @@ def load(name="phantom", folder=None, size: int = 28) -> ImageSet:
     `name`: ``"phantom"`` (built in, always from the project's own data/), ``"ham10000"``, a MedMNIST name such as
     ``"dermamnist"`` (``"dermamnist-simulated"``: with simulated devices in place of its real ones), a path that ends in
     ``.npz`` or that of a folder of pictures (as it is, else inside the data folder). `folder`: the data folder, see
-    `data_folder`. `size`: image side in pixels, 28, 64, 128 or 224 for MedMNIST, 16 to 256 for HAM10000 and folders, 28
-    for the phantoms; images of an ``.npz`` have one size: 28 takes any, another number must be theirs.
+    `data_folder`. `size`: image side in pixels, 28, 64, 128 or 224 for MedMNIST, 16 to 256 for HAM10000, folders and
+    the phantoms; images of an ``.npz`` have one size: 28 takes any, another number must be theirs.
     """
     name, folder = str(name), data_folder(folder)
     if name == "phantom":
@@ -75,9 +73,9 @@ def load(name="phantom", folder=None, size: int = 28) -> ImageSet:
         return _ham10000(folder, size)
     if path := own_path(name, folder):
         cure = "Check the path. A relative one may also start in the data folder (FEDSSG_DATA or data_dir)."
-        return (
-            _pictures(path, folder, size) if path.suffix != ".npz" else _own(read_npz(path, cure), path, size)
-        )
+        if path.suffix != ".npz":
+            return _pictures(path, folder, size)
+        return _own(read_npz(path, cure), path, size)
     return _medmnist(name, folder, size)
 
 
@@ -236,12 +234,12 @@ def phantom(size: int = 28, first: int | None = None) -> ImageSet:
     """The built-in phantoms: a file holds them at 28 pixels; they are drawn anew at others (all: a minute), or the `first`."""
     path, script = PROJECT_DATA / "phantom.npz", PROJECT_DATA / "draw_phantom.py"
     require(SMALLEST <= size <= LARGEST, path, f"size is {size}. Give {SMALLEST} to {LARGEST} pixels.")
-    arrays = read_npz(path, NO_CLONE)
-    if size != 28:
+    if size == 28:
+        arrays = read_npz(path, NO_CLONE)
+        arrays |= {name: part[:first] for name, part in arrays.items() if name != "class_names"}
+    else:
         arrays = runpy.run_path(str(script))["draw_all"](size=size, first=first)
-    clean = _image_set(
-        {name: part[:first] if name != "class_names" else part for name, part in arrays.items()}, path, size
-    )
+    clean = _image_set(arrays, path, size)
     clean = replace(clean, licence="as the project's own code (drawn by data/draw_phantom.py)")
     return _simulated(clean, clean.device)
 

@@ -179,16 +179,15 @@ class DPMeans:
     epsilon: float = 3.0
     delta: float = 1e-5  # for each hospital
     clip: float = (
-        3.5  # longest vector of a group, about the hospital's centre, in units of the phantoms' spread
+        3.5  # longest vector of a group about the hospital's centre, in units of the phantoms' spread
     )
     temperature: float = 0.9
 
     per_group = True  # `client.synthesise` hands over the groups
 
     def __post_init__(self):
-        require(
-            self.epsilon > 0, "the private generator's epsilon", self.epsilon, "above 0 (infinite: no noise)"
-        )
+        needed = "above 0 (infinite: no noise)"
+        require(self.epsilon > 0, "the private generator's epsilon", self.epsilon, needed)
         require(0 < self.clip < np.inf, "the private generator's clip", self.clip, "above 0, and finite")
         require(0 < self.delta < 1, "the private generator's delta", self.delta, "in 0..1, both excluded")
         good = 0 <= self.temperature < np.inf

@@ -85,21 +85,15 @@ class Torchvision(Flat):
         from torchvision import models  # here, because it takes as long to import as PyTorch itself
 
         known = models.list_models(module=models)
-        require(
-            name in known,
-            "network",
-            name,
-            f"smallcnn or one of torchvision's, such as {', '.join(known[-9:])}",
-        )
+        needed = f"smallcnn or one of torchvision's, such as {', '.join(known[-9:])}"
+        require(name in known, "network", name, needed)
         with torch.random.fork_rng(devices=[]):  # torchvision draws first weights from the global generator
             torch.manual_seed(torch_rng(seed, f"initial weights of {name}").initial_seed())
             self.net, self.classes = models.get_model(name, num_classes=classes), classes
         if weights:
             own, trained = self.net.state_dict(), _trained(name, weights)
-            same = {
-                key: value for key, value in trained.items() if key in own and value.shape == own[key].shape
-            }
-            self.net.load_state_dict(own | same)  # all but the last layer
+            same = {key for key in own if key in trained and trained[key].shape == own[key].shape}
+            self.net.load_state_dict(own | {key: trained[key] for key in same})  # all but the last layer
         _replace_layers(self.net, frozen=bool(weights))
         self.to(compute)
         self.flatten()
@@ -159,12 +153,8 @@ class Backbone:
 
 
 def compute_device(compute: str) -> str:
-    """Where PyTorch computes: "auto" is CUDA or Apple's MPS where there is one, else the CPU."""
-    if compute != "auto":
-        return compute
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    """Where PyTorch computes: "auto" is CUDA where there is one, else the CPU. (MPS has no float64, which `Mean` needs.)"""
+    return compute if compute != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def resized(images: torch.Tensor, size: int) -> torch.Tensor:

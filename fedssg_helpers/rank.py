@@ -22,7 +22,6 @@ from matplotlib.figure import Figure
 from . import course, metrics, plots, runs, tuning
 from .errors import require
 from .methods import METHODS, Method, Sharing, describe
-from .models import SmallCNN
 from .runs import Job
 
 FIRST = 2000  # the first seed: no lesson and no other benchmark looks at these
@@ -102,7 +101,7 @@ def trial(entry: Entry, base: Job, out: str = "") -> None:
     """One round, then two, in this process: a ValueError says what is wrong with the file's code, and in which line."""
     base = replace(base, method=entry.name, seed=FIRST, validation=True, recipe=entry.method)
     federation = runs.federation_of(base)
-    net = SmallCNN(federation.test.images.shape[1], len(federation.classes))
+    net = entry.method.network(federation.test.images.shape[1], len(federation.classes))
     try:
         for rounds in (1, 2):
             run = runs.run_many([replace(base, rounds=rounds)], out, workers=1)[0]

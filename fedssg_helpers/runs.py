@@ -54,7 +54,6 @@ class Job:
     recipe: Method | None = None
     size: int = 28
     network: str = "smallcnn"  # see `models.Backbone`
-    weights: str = ""
     compute: str = "cpu"  # see `models.compute_device`
 
 
@@ -83,9 +82,7 @@ def recipe(job: Job) -> Method:
     if job.recipe is None and job.method not in METHODS:
         raise ValueError(f"there is no method {job.method!r}; the methods are {', '.join(METHODS)}")
     method = job.recipe or METHODS[job.method]
-    return (
-        method if job.network == "smallcnn" else replace(method, network=Backbone(job.network, job.weights))
-    )
+    return method if job.network == "smallcnn" else replace(method, network=Backbone(job.network))
 
 
 @functools.lru_cache(maxsize=2)
@@ -189,13 +186,8 @@ def _compute(job: Job, file: Path, tick=lambda: None, workers: int = 1) -> None:
     go_on = restore(state, file.stem) if state.exists() else None
     for _ in range(len(go_on.took_part) if go_on else 0):
         tick()
-    known = {
-        "compute": compute_device(job.compute),
-        "rounds": job.rounds,
-        "workers": workers,
-        "go_on": go_on,
-        "after_round": after_round,
-    }
+    known = {"compute": compute_device(job.compute), "rounds": job.rounds, "workers": workers}
+    known |= {"go_on": go_on, "after_round": after_round}
     run = server.run(federation_of(job), recipe(job), job.seed, **known)
     run.memory = {}
     save(run, file, file.stem)
