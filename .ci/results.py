@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from fedssg_helpers.__main__ import step_seconds
 from fedssg_helpers.methods import METHODS
+from fedssg_helpers.tuning import RATES
 
 FILE = ROOT / "data" / "results" / "accuracy.csv"
 FIRST, BUDGETS = 1000, 6
@@ -28,13 +29,12 @@ DERMA = HAM | {"data": "dermamnist", "rounds": 15}
 PHANTOM = {"data": "phantom", "hospitals": 0, "rounds": 15, "setting": "ten_hospitals", "images": 3365}
 RULES = "fedssg,uniform_shuffle"
 PLAN = [  # what, seeds, methods, rules whose budget is varied
-    (HAM, 5, MAIN, RULES),
     (HAM, 10, CORE, RULES),
+    (PHANTOM, 10, CORE, RULES),
     (TEN, 10, CORE, RULES),
-    (HAM | {"generators": "true"}, 10, "", ""),
+    (HAM | {"generators": "true"}, 5, "", ""),
     (HAM, 20, MAIN, ""),
     (DERMA, 10, CORE, RULES),
-    (PHANTOM, 10, CORE, RULES),
     (HAM, 10, "", "class_only,device_only,oracle_real,duplication"),
     (HAM, 10, ",".join(METHODS), ""),
     *(
@@ -51,7 +51,8 @@ def missing(what: dict, seed: int, methods: str, rules: str) -> tuple[list[str],
     lacking = [name for name in filter(None, methods.split(",")) if name not in there]
     varied = [name for name in filter(None, rules.split(",")) if f"{name}: receive=25" not in there]
     trials = sum(
-        {"fedprox": 9, "fedavgm": 9}.get(name, 5 if METHODS[name].sharing else 3) for name in lacking
+        len(RATES) * (3 if name in ("fedprox", "fedavgm") else 1) + 2 * bool(METHODS[name].sharing)
+        for name in lacking
     )
     others = 16 if "generators" in what and "dp, epsilon=3: receive=100" not in there else 0
     return (

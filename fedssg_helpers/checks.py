@@ -18,7 +18,7 @@ from .sharing import Pool, unpacked
 
 FEWEST = 8  # a source with fewer samples is not judged by its images
 STRANGE = 0.25  # a source is refused where its `strangeness` is above this and three times the median
-EXPECTED = 5.0  # a source is judged by its labels where an honest one would agree by so many deviations
+EXPECTED = 6.0  # a source is judged by its labels where an honest one would agree by so many deviations
 AGREEING = 0.25  # ... and refused where it agrees by less than this fraction of that
 ALONE = 2.5  # ... less so many standard deviations, where nobody else has its device
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from .methods import Method
 
-RATES, RECEIVE = (0.025, 0.07, 0.2), (200, 500, 1500)
+RATES, RECEIVE = (0.025, 0.07, 0.2, 0.5), (200, 500, 1500)
 MIDDLE = f"receive={RECEIVE[1]}"
 
 
