@@ -188,10 +188,3 @@ raise SystemExit(main(["run"]))
     assert where == str(tmp_path / "here" / "out") and result.returncode == 2, result.stderr
     assert len(errors) == 2 and all("pip install -e ." in text for text in [*errors, result.stderr])
     assert {path.name for path in (tmp_path / "site-packages").iterdir()} == {"fedssg_helpers"}
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_sections_are_numbered_without_a_gap(path):
-    text = "\n".join(cell.source for cell in read(path).cells if cell.cell_type == "markdown")
-    numbers = list(map(int, re.findall(r"^## (\d+)\.", text, re.M)))
-    assert numbers == list(range(1, len(numbers) + 1))
