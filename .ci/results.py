@@ -31,8 +31,8 @@ RULES = "fedssg,uniform_shuffle"
 PLAN = [  # what, seeds, methods, rules whose budget is varied
     (HAM, 10, CORE, RULES),
     (PHANTOM, 10, CORE, RULES),
-    (TEN, 10, CORE, RULES),
     (HAM | {"generators": "true"}, 5, "", ""),
+    (TEN, 10, CORE, RULES),
     (HAM, 20, MAIN, ""),
     (DERMA, 10, CORE, RULES),
     (HAM, 10, "", "class_only,device_only,oracle_real,duplication"),
