@@ -256,7 +256,7 @@ def test_a_single_hospital_shares_nothing():
 
 
 def test_an_edit_changes_pool_and_wishes_before_they_are_distributed(shared):
-    """What lesson 03 restyles: here, samples of class 0 become samples of class 1, and hospital 0 gets none."""
+    """As A1 restyles: here, samples of class 0 become samples of class 1, and hospital 0 gets none."""
     seen = []
 
     def edit(pool, wishes, have, styles):
