@@ -134,7 +134,7 @@ def _principal(x: Tensor, latent: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def loss(net: VAE, x: Tensor, epsilon: Tensor, beta: float = 1.0) -> Tensor:
-    """Negative ELBO per scaled image x (B, C, H, W), in nats up to the constant D/2 (1 + log 2 pi), D = C H W.
+    """Negative ELBO per image x (B, C, H, W) of M scaled values, in nats up to the constant M/2 (1 + log 2 pi).
 
     Standard normal numbers `epsilon` (B, q) draw the codes; `beta` weights the KL term (1: the ELBO). The decoder's
     variance that fits best is the mean squared error itself, so the error enters by its logarithm (sigma-VAE: Rybkin
