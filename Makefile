@@ -1,11 +1,11 @@
-# Two commands do it all: "make course" runs every lesson, "make test" checks everything.
+# "make course" runs every lesson, "make book" makes pages of them, "make test" checks everything.
 # Each makes its own Python environment in .venv first. Other Python:  make course PYTHON=python3.12
 # With the optional parts:  make test EXTRAS=test,flower,privacy
 # Other data or settings:  make course ARGS="--data ham10000 --profile full"
 PYTHON ?= python3
 BIN := .venv/bin
-# Optional parts, with commas between: test, flower (several machines), privacy (DP-SGD), explorer (Voila), pfl (a peer
-# in benchmark A2). Without a word: those that are installed already.
+# Optional parts, with commas between: test, flower (several machines), privacy (DP-SGD), explorer (Voila), book (pages),
+# pfl (a peer in benchmark A2). Without a word: those that are installed already.
 EXTRAS ?= $(or $(patsubst .venv/.ready-%,%,$(firstword $(wildcard .venv/.ready-*))),test)
 READY := .venv/.ready-$(EXTRAS)
 # Without code, and without the picture that stands in for the explorer where no kernel is.
@@ -20,14 +20,21 @@ A2 = $(BIN)/python -m fedssg_helpers run --only A2 --out out/results -p rounds 1
 	-p results $(CURDIR)/data/results/speed.csv
 FLOWER = 10x100x10,1000x100x5,1000x4x5
 
-.PHONY: help course test quick lint notebooks results ranking lab explorer doctor clean
+.PHONY: help course book test quick lint notebooks results ranking lab explorer doctor clean
 .NOTPARALLEL:
 
 help:  ## list these commands
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## */\1|/' | awk -F'|' '{printf "make %-10s %s\n", $$1, $$2}'
 
-course: $(READY)  ## run all lessons on the built-in data; results and pages in out/
+course: $(READY)  ## run all lessons on the built-in data, into out/; pages too where "make book" ran before
 	$(BIN)/python -m fedssg_helpers run $(ARGS)
+	@if $(BIN)/python -c '$(PAGES)' 2>/dev/null $(if $(findstring --out,$(ARGS)),&& false); then $(BIN)/python .book/build.py; fi
+
+# Its packages come with EXTRAS=book, or at the first call.
+PAGES = import latex2mathml, myst_nb, sphinx_book_theme, sphinx_design, ziamath
+book: $(READY)  ## make pages of what "make course" ran last: out/book/index.html; ARGS=FOLDER for another run
+	@$(BIN)/python -c '$(PAGES)' 2>/dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[book]'
+	@$(BIN)/python .book/build.py $(ARGS)
 
 # A fresh FEDSSG_OUT: no cached run of an earlier day may stand in for a computation under test.
 PYTEST = out=$$(mktemp -d) && trap 'rm -rf "$$out"' EXIT && FEDSSG_OUT="$$out" $(BIN)/python -m pytest -p no:cacheprovider

@@ -46,7 +46,7 @@ def arguments(words: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m fedssg_helpers", description="The FedSSG course.")
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("doctor", help="is this machine ready for class?")
-    run = commands.add_parser("run", help="run the lessons in order; results and pages go to one folder")
+    run = commands.add_parser("run", help="run the lessons in order; they and their results go to one folder")
     add = run.add_argument
     add("--only", action="append", metavar="03", help="only this lesson (repeatable)")
     add("--lessons", type=Path, default=course.LESSONS, help=argparse.SUPPRESS)
@@ -136,7 +136,7 @@ def run(options: argparse.Namespace) -> None:
     print(f"About {about} minute{'s' * (about > 1)} on this machine{cheaper}.", flush=True)
     made_from = runs.data_digest(name, folder, options.size)[:16] + runs.code_digest()[:16]
     course.run(paths, parameters, out, made_from, options.resume, everything=not options.only)
-    print(f"{len(paths)} done in {time.perf_counter() - start:.0f} s. Open {out / 'index.html'}")
+    print(f"{len(paths)} done in {time.perf_counter() - start:.0f} s: {out / 'notebooks'}. Pages of them: make book")
 
 
 def rank(options: argparse.Namespace) -> None:

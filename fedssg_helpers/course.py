@@ -12,7 +12,6 @@ from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[1]
 LESSONS = ROOT / "notebooks"
-TEMPLATES = str(Path(__file__).with_name("templates"))
 # The lessons' own defaults are the quick profile; the full one overrides these where a lesson declares them.
 PROFILES = {"quick": {}, "full": {"rounds": 40, "seeds": 3}}
 LOCK = ".lock"  # marks an output folder as one of ours; held by the run that is writing to it
@@ -133,7 +132,8 @@ def execute(path: Path, target: Path, parameters: dict, title: str) -> None:
     notebook.metadata.papermill.exception = True  # papermill does not note that a kernel died
     write(notebook, target)
     started = [bool(cell.metadata.papermill.start_time) for cell in own(notebook)]
-    raise CourseError(f"{path.name}, cell {sum(started)} of {len(started)}{fault}", code=1)
+    where = f"{path.name}, cell {sum(started)} of {len(started)}"
+    raise CourseError(f"{where}{fault}\nThe lesson as far as it ran: {target}", code=1)
 
 
 @contextmanager
@@ -158,47 +158,38 @@ def alone(out: Path):
 
 def done(path: Path, out: Path, parameters: dict, made_from: str) -> bool:
     """Did an earlier run finish this lesson, from the same source with the same parameters, data and helpers?"""
-    if not (out / f"{path.stem}.html").exists():
+    try:
+        earlier, sources = read(out / "notebooks" / path.name), read(path)
+    except (OSError, ValueError):  # none, or only a part of it: the disk was full
         return False
-    earlier, sources = read(out / "notebooks" / path.name), read(path)
     unchanged = [cell.source for cell in own(earlier)] == [cell.source for cell in sources.cells]
-    ran = earlier.metadata.papermill  # papermill's own record
-    same = ran.parameters == parameters and ran.get("made_from") == made_from
-    return unchanged and not ran.exception and same
+    ran = earlier.metadata.papermill  # papermill's own record; made_from: only where the lesson ended well
+    return unchanged and ran.parameters == parameters and ran.get("made_from") == made_from
 
 
 def run(
     paths: list[Path], parameters: dict[Path, dict], out: Path, made_from="", resume=False, everything=True
 ):
-    """Execute the lessons in order into `out`: notebooks, a page of each, `index.html`, `results.csv`.
+    """Execute the lessons in order into `out`: notebooks and `results.csv`.
 
     With `resume`, lessons that are done are skipped (`made_from`: digest of data and helpers); else, if all are run,
-    what an earlier run left goes. Raises CourseError at the first cell that fails, once that lesson's page is written.
+    what an earlier run left goes. Raises CourseError at the first cell that fails.
     """
     with alone(out), kernel_here():
         if everything and not resume:
             for name in ("cache", "notebooks"):
                 shutil.rmtree(out / name, ignore_errors=True)
-            for file in [*out.glob("*.html"), out / "results.csv"]:
-                file.unlink(missing_ok=True)
+            (out / "results.csv").unlink(missing_ok=True)
         (out / "notebooks").mkdir(exist_ok=True)
         for number, path in enumerate(paths, 1):
             if resume and done(path, out, parameters[path], made_from):
                 print(f"{path.stem}: done before")
                 continue
-            target, html, failure = out / "notebooks" / path.name, out / f"{path.stem}.html", None
-            html.unlink(missing_ok=True)
-            try:
-                execute(path, target, parameters[path], f"{path.stem} ({number} of {len(paths)})")
-                notebook = read(target)
-                notebook.metadata.papermill.made_from = made_from
-                write(notebook, target)
-            except CourseError as error:
-                failure = error
-            save_text(html, page(target, path.parent))
-            save_text(out / "index.html", overview(out))
-            if failure:
-                raise failure
+            target = out / "notebooks" / path.name
+            execute(path, target, parameters[path], f"{path.stem} ({number} of {len(paths)})")
+            notebook = read(target)
+            notebook.metadata.papermill.made_from = made_from
+            write(notebook, target)
 
 
 def save_text(path: Path, text: str) -> None:
@@ -212,36 +203,8 @@ def save_text(path: Path, text: str) -> None:
         raise
 
 
-def title(notebook) -> str:
-    """The first line of a lesson."""
-    return own(notebook)[0].source.partition("\n")[0].strip("# ")
-
-
 def headline(notebook) -> str | None:
     """The PNG (base64) of the cell tagged `headline`; where there is none, the first picture."""
     cells = sorted(notebook.cells, key=lambda cell: "headline" not in cell.metadata.get("tags", []))
     data = [output.get("data", {}) for cell in cells for output in cell.get("outputs", [])]
     return next((found["image/png"].replace("\n", "") for found in data if "image/png" in found), None)
-
-
-def page(source: Path, pictures: Path) -> str:
-    """One executed lesson as a page with its images inside; image files are sought in folder `pictures`."""
-    from nbconvert import HTMLExporter
-
-    notebook = read(source)
-    template = {"extra_template_paths": [TEMPLATES], "template_file": "lesson.html.j2"}
-    about = {"metadata": {"path": str(pictures), "name": title(notebook)}}
-    return HTMLExporter(embed_images=True, **template).from_notebook_node(notebook, about)[0]
-
-
-def overview(out: Path) -> str:
-    """The page `index.html`: a card for every lesson that ran, whole or in part."""
-    from jinja2 import Environment, FileSystemLoader
-
-    ran = [path for path in sorted((out / "notebooks").iterdir()) if (out / f"{path.stem}.html").exists()]
-    notebooks = {path.stem: read(path) for path in ran}
-    shown = [{"stem": s, "title": title(n), "png": headline(n)} for s, n in notebooks.items()]
-    cards = [n.metadata.papermill | card for n, card in zip(notebooks.values(), shown)]
-    templates = Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True)
-    results = (out / "results.csv").exists()
-    return templates.get_template("overview.html.j2").render(cards=cards, results=results)

@@ -66,16 +66,16 @@ def test_a_full_disk_is_named_and_the_run_goes_on_later(folder, tmp_path, capsys
     said = capsys.readouterr().err
     assert "No space left on device" in said and str(disk / "out") in said and "--resume" in said
     assert "Traceback" not in said
-    assert "First" in (disk / "out" / "00_first.html").read_text()
+    assert "First" in (disk / "out" / "notebooks" / "00_first.ipynb").read_text()
     assert not list((disk / "out").glob("*.part"))
     assert subprocess.run(["mount", "-o", "remount,size=90m", str(disk)]).returncode == 0
     assert start(folder, disk / "out", "--resume") == 0
     assert (folder / "log.txt").read_text().split()[::3] == ["first", "second", "second"]
-    assert (disk / "out" / "01_second.html").exists()
+    assert course.read(disk / "out" / "notebooks" / "01_second.ipynb").metadata.papermill.made_from
 
 
-def test_no_space_for_a_page_keeps_the_old_one(tmp_path, monkeypatch):
-    course.save_text(tmp_path / "index.html", "old")
+def test_no_space_for_a_file_keeps_the_old_one(tmp_path, monkeypatch):
+    course.save_text(tmp_path / "file.txt", "old")
 
     def half(path, text, encoding):
         with path.open("w") as stream:
@@ -84,9 +84,9 @@ def test_no_space_for_a_page_keeps_the_old_one(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Path, "write_text", half)
     with pytest.raises(OSError, match="No space"):
-        course.save_text(tmp_path / "index.html", "new")
-    assert [path.name for path in tmp_path.iterdir()] == ["index.html"]
-    assert (tmp_path / "index.html").read_text() == "old"
+        course.save_text(tmp_path / "file.txt", "new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file.txt"]
+    assert (tmp_path / "file.txt").read_text() == "old"
 
 
 def test_no_space_for_the_prepared_ham10000(tmp_path, monkeypatch, capsys):

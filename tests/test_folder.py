@@ -553,4 +553,4 @@ def test_lessons_run_on_a_folder_of_all_kinds(tmp_path, lesson, capsys):
     (place / "nv" / "cut.png").write_bytes((place / "nv" / "0.png").read_bytes()[:500])
     words = ["--data", str(place), "--size", "32", "-p", "hospitals", "3", "--out", str(tmp_path / "out")]
     assert main(["run", "--only", lesson, *words]) == 0, capsys.readouterr().err
-    assert (tmp_path / "out" / "index.html").exists()
+    assert list((tmp_path / "out" / "notebooks").glob(f"{lesson}_*.ipynb"))

@@ -22,6 +22,7 @@ ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 LESSONS = [path for path in NOTEBOOKS if re.match(r"\d\d_", path.name)]
 TOP_LEVEL = {
+    ".book",
     ".ci",
     ".github",
     ".gitignore",
@@ -55,7 +56,7 @@ def test_conda_and_pip_agree():
 
 def test_extras_for_later_lessons_are_there():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    assert {"test", "flower", "privacy", "explorer", "pfl"} <= set(extras)
+    assert {"test", "flower", "privacy", "explorer", "book", "pfl"} <= set(extras)
     assert any(line.startswith("ruff") for line in extras["test"])
     assert all("python_version" in line for line in extras["pfl"]), "pfl is published for Python below 3.13"
 
