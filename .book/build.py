@@ -172,17 +172,14 @@ def outputs(cell) -> list:
 
 def fold(cell, after) -> None:
     """Fold what JupyterLab folds; a figure's alternative text is the caption that follows."""
+    tags, look = cell.metadata.get("tags", []), cell.metadata.setdefault("mystnb", {})
     if cell.metadata.get("jupyter", {}).get("source_hidden"):
-        tags = cell.metadata.get("tags", [])
-        cell.metadata["tags"] = [*tags, "hide-input"]
+        cell.metadata["tags"] = [*(tag for tag in tags if tag != "hide-input"), "hide-input"]
         if "exercise-check" in tags:
-            cell.metadata["mystnb"] = {
-                "code_prompt_show": "Show the check",
-                "code_prompt_hide": "Hide the check",
-            }
+            look |= {"code_prompt_show": "Show the check", "code_prompt_hide": "Hide the check"}
     if after and (caption := re.match(r"\*What to see\*:? *(.*?[.?!])(?=\s|$)", after.source, re.S)):
         words = re.sub(r"[*`$\[\]\\]|\(http\S*\)", "", caption[1])
-        cell.metadata["mystnb"] = {"image": {"alt": " ".join(words.split())}}
+        look["image"] = {"alt": " ".join(words.split())}
 
 
 def facts(notebook) -> str:

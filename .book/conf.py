@@ -31,7 +31,7 @@ html_theme = "sphinx_book_theme"
 html_static_path = ["_static", str(files("ziamath") / "fonts" / "STIXTwoMath-Regular.ttf")]
 html_css_files = ["style.css"]
 html_math_renderer = "mathml"
-html_show_sphinx = False
+html_show_sphinx = html_use_index = False
 html_theme_options = {"show_navbar_depth": 1, "navbar_persistent": []}
 if REPOSITORY:
     html_theme_options |= {
