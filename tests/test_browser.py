@@ -87,6 +87,10 @@ MOVES = {
         "class": (1, "macro F1", ""),
         "device": (1, "", "name"),
     },
+    "09": {
+        "hostile hospitals": (1, r"mean \(FedAvg\) is ([.\d]+) away", "+"),
+        "step times": (-2, r"mean \(FedAvg\) is ([.\d]+) away", "+"),
+    },
     "explorer": {
         "class skew: alpha": (-1, r"; balanced accuracy", ""),
         "sharing": (-4, r" (\d+) after", "+"),

@@ -386,6 +386,18 @@ def test_05_class_and_device_pick_a_line_of_the_file(monkeypatch):
         draw(setting, "fedssg", "fedavg", "macro_f1", "rosendahl")
 
 
+def test_09_the_mean_follows_and_the_median_stays(monkeypatch):
+    known = part_of("09", "draw", monkeypatch)
+
+    def away(aggregate, hostile, factor):
+        return number(rf"{aggregate} is ([.\d]+) away", said(known["draw"](hostile, factor)))
+
+    mean, median = r"mean \(FedAvg\)", "median"
+    assert away(mean, 0, -5) == away(mean, 1, 1) == 0 < away(median, 0, -5) < 1
+    assert away(mean, 1, 10) > away(mean, 1, 5) > 1 and away(mean, 2, -5) > away(mean, 1, -5)
+    assert away(median, 1, 10) == pytest.approx(away(median, 1, 5), abs=0.05)
+
+
 def test_explorer_page(monkeypatch):
     known = part_of("explorer", "draw", monkeypatch)
     assert (

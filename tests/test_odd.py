@@ -127,7 +127,7 @@ def test_lessons_run_on_it(number, tmp_path, quiet):
             plt.show()
 
 
-@pytest.mark.parametrize("name", ["02", "06", "A5"])
+@pytest.mark.parametrize("name", ["02", "06", "09", "A5"])
 def test_a_lesson_for_which_a_set_is_too_small_goes_on_with_the_phantoms(name, tmp_path, quiet, capsys):
     images = np.random.default_rng(0).integers(0, 256, (60, 16, 16), dtype=np.uint8)
     np.savez(tmp_path / "thin.npz", images=images, labels=np.arange(60) % 30, device=np.arange(60) % 20)

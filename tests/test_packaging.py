@@ -136,7 +136,7 @@ def test_make_help_lists_the_commands():
 
 
 def test_the_lessons_and_the_appendix_are_committed():
-    assert [path.name[:2] for path in LESSONS] == ["00", "01", "02", "03", "04", "05", "06", "07", "08"]
+    assert [path.name[:2] for path in LESSONS] == ["00", "01", "02", "03", "04", "05", "06", "07", "08", "09"]
     for name in ("A1_accuracy", "A2_speed", "A3_trust", "A4_traps", "A5_shortcut_trap"):
         assert (ROOT / "notebooks" / f"{name}.ipynb").exists()
 
