@@ -14,6 +14,7 @@ import runpy
 import shutil
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,6 +95,10 @@ class Source:
         ran = self.run and self.run / "notebooks" / path.name
         notebook = course.read(ran if ran and ran.exists() else path)
         notebook.metadata.pop("widgets", None)
+        if course.ADDED & set(
+            notebook.cells[0].metadata.get("tags", [])
+        ):  # the news of an error, above the title
+            notebook.cells.insert(1, notebook.cells.pop(0))
         following = [*notebook.cells[1:], None]
         for cell, after in zip(notebook.cells, following):
             if cell.cell_type == "markdown":
@@ -129,19 +134,20 @@ class Source:
                     inside.append(CARD.format(**card, facts=facts(notebook)))
             if part != "Pages":
                 cards.append(f"## {part}\n\n::::::{{grid}} 1 2 2 3\n:gutter: 3\n{''.join(inside)}::::::\n")
-        self.write(ROOT / "index.md", "\n".join([self.start(), *cards, *trees]))
+        self.write(ROOT / "index.md", "\n".join([*self.start(cards), *trees]))
 
-    def start(self) -> str:
-        """The start page above the map: what README says first, and how to run the lessons."""
+    def start(self, cards: list[str]) -> list[str]:
+        """The start page: what README says first, the map, how to run the lessons."""
         intro, *sections = re.split(r"^(?=## )", readme(), flags=re.M)
         commands = [section for section in sections if section.startswith("## Two commands")]
         results = self.run and self.run / "results.csv"
         if results and results.exists():
             shutil.copy(results, self.folder)
-            commands.append(
-                "These pages show the lessons as they ran here; every number: [results.csv](results.csv).\n"
+            cards.insert(
+                0, "The lessons as they ran on this machine; every number: [results.csv](results.csv).\n"
             )
-        return self.text("".join([intro, *commands]), ROOT / "README.md")
+        start = ROOT / "README.md"
+        return [self.text(intro, start), *cards, *(self.text(section, start) for section in commands)]
 
 
 def readme() -> str:
@@ -157,6 +163,8 @@ def outputs(cell) -> list:
         data = output.get("data", {})
         if output.get("name") == "stderr" or any("widget" in kind for kind in data):
             continue
+        if output.output_type == "stream":
+            output.text = "".join(map(wrapped, output.text.splitlines(keepends=True)))
         if {"text/html", "text/latex"} <= set(data):  # of plots.show_source
             code = {
                 "text/markdown": f"```python\n{data['text/plain']}\n```",
@@ -168,6 +176,12 @@ def outputs(cell) -> list:
         words = "*Here is an explorer. Its sliders work in JupyterLab (`make lab`).*"
         kept.append(new_output("display_data", {"text/markdown": words, "text/plain": words}))
     return kept
+
+
+def wrapped(line: str) -> str:
+    """A printed sentence that is too long for the page, on two lines; a row of a table stays one."""
+    long = len(line) > 106 and "  " not in line.strip()
+    return textwrap.fill(line, 105, subsequent_indent="    ", break_on_hyphens=False) + "\n" if long else line
 
 
 def fold(cell, after) -> None:

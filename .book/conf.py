@@ -21,6 +21,7 @@ author, copyright = (
 )
 extensions = ["myst_nb", "sphinx_design"]
 nb_execution_mode = "off"
+nb_merge_streams = True
 nb_code_prompt_show, nb_code_prompt_hide = "Show the code", "Hide the code"
 nb_ipywidgets_js = {}  # would come from the network
 myst_enable_extensions = ["dollarmath", "colon_fence"]
@@ -93,7 +94,8 @@ def draw(display: str, tag: str):
         text = mathml(node.astext(), display)
         if "\\" in text:
             getLogger(__name__).warning("a formula that is not understood: %s", node.astext(), location=node)
-        translator.body.append(f'<{tag} class="math">{text}</{tag}>')
+        long = " long" * (len(re.sub(r"<[^>]*>|&[^;]*;", "", text)) > 30)
+        translator.body.append(f'<{tag} class="formula{long}">{text}</{tag}>')
         raise SkipNode  # the TeX inside
 
     return visit

@@ -136,7 +136,8 @@ def run(options: argparse.Namespace) -> None:
     print(f"About {about} minute{'s' * (about > 1)} on this machine{cheaper}.", flush=True)
     made_from = runs.data_digest(name, folder, options.size)[:16] + runs.code_digest()[:16]
     course.run(paths, parameters, out, made_from, options.resume, everything=not options.only)
-    print(f"{len(paths)} done in {time.perf_counter() - start:.0f} s: {out / 'notebooks'}. Pages of them: make book")
+    seconds = f"{time.perf_counter() - start:.0f} s"
+    print(f"{len(paths)} done in {seconds}: {out / 'notebooks'}. Pages of them: make book")
 
 
 def rank(options: argparse.Namespace) -> None:

@@ -19,7 +19,11 @@ from fedssg_helpers import course
 BOOK = course.ROOT / ".book"
 NOTEBOOKS = sorted(course.LESSONS.glob("*.ipynb"))
 PAGES = sorted((course.LESSONS / "pages").glob("*.md"))
-NAMES = ["index", *[str(path.relative_to(course.ROOT).with_suffix("")) for path in [*NOTEBOOKS, *PAGES]]]
+NAMES = [
+    "index",
+    "data/README",
+    *[str(path.relative_to(course.ROOT).with_suffix("")) for path in [*NOTEBOOKS, *PAGES]],
+]
 FORMULA = r"(?<![\\$])\$(?!\s)[^$]+\$"
 
 
@@ -89,14 +93,14 @@ def test_figures_have_words(book):
 # ---------------------------------------- in a browser, the network off
 
 LOOK = """() => {
+    document.querySelectorAll('details').forEach(e => e.open = true)
     const page = document.querySelector('article').cloneNode(true)
     page.querySelectorAll('pre, code, math, script, style').forEach(e => e.remove())
-    const seen = e => e.checkVisibility() && !e.closest('details')
     const maths = [...document.querySelectorAll('article math')]
     return {
         wide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
         maths: maths.length,
-        empty: maths.filter(e => seen(e) && !(e.getBoundingClientRect().width > 2 && e.getBoundingClientRect().height > 2))
+        empty: maths.filter(e => !(e.getBoundingClientRect().width > 2 && e.getBoundingClientRect().height > 2))
             .map(e => e.textContent),
         broken: [...document.images].filter(e => e.complete && !e.naturalWidth).map(e => e.src),
         font: maths.length == 0 || document.fonts.check('16px "STIX Two Math"'),
