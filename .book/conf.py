@@ -101,6 +101,13 @@ def draw(display: str, tag: str):
     return visit
 
 
+def start_page(app, pagename, templatename, context, doctree) -> None:
+    """The start page is made here: there is no file of the project to show or to download."""
+    if pagename == "index":
+        context["page_source_suffix"] = ""
+
+
 def setup(app) -> None:
     """Called by Sphinx."""
+    app.connect("html-page-context", start_page, priority=1)
     app.add_html_math_renderer("mathml", (draw("inline", "span"), None), (draw("block", "div"), None))

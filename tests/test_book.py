@@ -152,8 +152,8 @@ def test_search_finds_a_term(opened):
     page.locator(".search-button-field").first.click()
     page.keyboard.type("logit adjustment")
     page.keyboard.press("Enter")
-    page.locator("#search-results li a", has_text="04 Federated rounds").first.wait_for()
-    assert page.locator("#search-results li a", has_text="Glossary").count()
+    for found in ("04 Federated rounds", "Glossary"):
+        page.locator("#search-results li a", has_text=found).first.wait_for()
 
 
 @pytest.mark.browser
