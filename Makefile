@@ -63,6 +63,7 @@ results: $(READY)  ## run the benchmarks (A1 to A3) again: data/results/*.csv; l
 	$(A3) --data ham10000 -p rounds 15
 	$(A2) $(if $(findstring flower,$(EXTRAS)),-p flower $(FLOWER)) $(if $(findstring pfl,$(EXTRAS)),-p pfl 128)
 	$(BIN)/python -m fedssg_helpers run --only explorer --out out/results-explorer --resume -p again true
+	$(BIN)/python data/long_fedavg.py
 	$(MAKE) ranking
 
 ranking: $(READY)  ## rank the examples, each against its control: data/results/ranking.csv; resumes
