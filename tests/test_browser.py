@@ -89,7 +89,8 @@ MOVES = {
     },
     "09": {
         "hostile hospitals": (1, r"mean \(FedAvg\) is ([.\d]+) away", "+"),
-        "step times": (-2, r"mean \(FedAvg\) is ([.\d]+) away", "+"),
+        "step times": (2, r"mean \(FedAvg\) is ([.\d]+) away", "+"),
+        "direction": (1, r"mean \(FedAvg\) is ([.\d]+) away", "-"),
     },
     "explorer": {
         "class skew: alpha": (-1, r"; balanced accuracy", ""),

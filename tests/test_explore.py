@@ -390,7 +390,9 @@ def test_09_the_mean_follows_and_the_median_stays(monkeypatch):
     known = part_of("09", "draw", monkeypatch)
 
     def away(aggregate, hostile, factor):
-        return number(rf"{aggregate} is ([.\d]+) away", said(known["draw"](hostile, factor)))
+        direction = "right" if factor > 0 else "reversed"
+        text = said(known["draw"](hostile, abs(factor), direction))
+        return number(rf"{aggregate} is ([.\d]+) away", text)
 
     mean, median = r"mean \(FedAvg\)", "median"
     assert away(mean, 0, -5) == away(mean, 1, 1) == 0 < away(median, 0, -5) < 1
