@@ -54,7 +54,7 @@ def missing(what: dict, seed: int, methods: str, rules: str) -> tuple[list[str],
         len(RATES) * (3 if name in ("fedprox", "fedavgm") else 1) + 2 * bool(METHODS[name].sharing)
         for name in lacking
     )
-    others = 16 if "generators" in what and "dp, epsilon=3: receive=100" not in there else 0
+    others = 16 if "generators" in what and "vae from scratch: receive=500" not in there else 0
     return (
         lacking,
         varied,
