@@ -22,7 +22,7 @@ exchange    before the rounds: reports, samples, pre-training                   
 server      the rounds, and hospitals on threads                                04
 runs        many runs: cached, side by side, resumed                            04, 05
 tuning      nested tuning: settings from validation images                      05
-privacy     attacks and the audit card                                          06
+privacy     attacks on what leaves a hospital, and planted canaries                 06
 plots       figures                                                             all
 explore     sliders over figures, exercises that check themselves               all
 course      the command that runs the lessons

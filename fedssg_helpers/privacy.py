@@ -1,4 +1,4 @@
-"""What shared samples give away: attacks on what a hospital uploads, planted canaries, and the audit card.
+"""What shared samples give away: attacks on what a hospital uploads, and planted canaries.
 
 No attack that fails proves privacy: a better one may succeed. Only differential privacy bounds them all, see `dpmeans`.
 """
@@ -25,7 +25,7 @@ from .methods import Sharing
 from .models import SmallCNN, augment, plausible_orientations, resized
 from .partition import Client
 from .protection import apart, distances
-from .sharing import Plan, Pool, reports
+from .sharing import Plan, Pool
 
 ATTACKS = ("nearest", "subspace")
 SMALL = 50  # a class with fewer images than this at its source counts as small
@@ -234,26 +234,6 @@ def canaries(clients, outside: Client, agreed: Plan, seed: int, how: Sharing, *,
         planted.append(image)
         nearest.append(best)
     return pd.DataFrame(rows), torch.cat(planted), torch.cat(nearest)
-
-
-def audit_card(clients, outside, shared: server.Shared, *, groups=None, seed=0, epsilon=np.inf) -> pd.Series:
-    """What one sharing run gave away, in words and numbers; `groups` as in `membership`, `epsilon` infinite without DP."""
-    asked, pool, have = shared.plan.upload, shared.pool, reports(clients, *shared.plan.upload.shape[1:])
-    behind, size = have[asked > 0], shared.costs["bytes_samples_up"] / 1e6
-    card = {
-        "counts that left the hospitals": have.size,
-        "samples that left them": f"{len(pool)} of {asked.sum()} asked for ({size:.2f} MB)",
-        "samples rejected at the source": int(shared.rejected.sum()),
-        "smallest cell shared": f"{behind.min(initial=have.max())} real images",
-        f"cells below {SMALL} images": int((behind < SMALL).sum()),
-    }
-    ratio = pairs(clients, outside, pool, seed).ratio.median()
-    found = {"nearest-image ratio (1: unseen images are as near)": ratio}
-    attacks = attack_summary(membership(clients, outside, pool, groups=groups, seed=seed))
-    found |= {f"attack by {name}": value for name, value in attacks.items()}
-    card |= {name: "too few images" if np.isnan(x) else f"{x:.3f}" for name, x in found.items()}
-    guarantee = "none: no differential privacy" if np.isinf(epsilon) else f"epsilon = {epsilon:.1f}"
-    return pd.Series(card | {"formal guarantee": guarantee})
 
 
 def test_groups(job: runs.Job) -> np.ndarray:

@@ -124,11 +124,6 @@ CASES = {
     "privacy.canaries": lambda f: privacy.canaries(
         [f.client], f.client, sharing.Plan(f.wanted[None], f.wanted[None]), 0, Sharing()
     ),
-    "privacy.audit_card": lambda f: privacy.audit_card(
-        [f.client],
-        f.client,
-        exchange.Shared(sharing.Plan(f.wanted[None], f.wanted[None]), f.pool, {}, {"bytes_samples_up": 0}, {}, f.wanted),
-    ),
     "privacy.taught": lambda f: privacy.taught(f.pool, f.federation, 0, 4),
     "plots.to_display": lambda f: [plots.to_display(image) for image in f.images],
     "plots.strip": lambda f: plots.strip(f.axis, f.images),

@@ -291,27 +291,9 @@ def test_no_place_for_a_canary_is_said(hospitals):
         privacy.canaries(hospitals.clients, hospitals.test, sharing.Plan(nothing, nothing), 0, Sharing())
 
 
-# --- the card, and trials ---
+# --- trials ---
 
 
-def test_the_card_says_what_left(hospitals, groups):
-    shared = server.share(hospitals, Sharing(protection=Protection(reject=0.3)), 0)
-    card = privacy.audit_card(hospitals.clients, hospitals.test, shared, groups=groups)
-    have, asked = sharing.reports(hospitals.clients, 6, 4), shared.plan.upload
-    assert card["counts that left the hospitals"] == have.size and len(shared.pool) <= asked.sum()
-    assert card["samples that left them"].startswith(f"{len(shared.pool)} of {asked.sum()} asked for")
-    assert card["samples rejected at the source"] == shared.rejected.sum() > 0
-    assert card["smallest cell shared"] == f"{have[asked > 0].min()} real images"
-    assert 0.8 < float(card["nearest-image ratio (1: unseen images are as near)"]) < 1.2
-    assert card["formal guarantee"].startswith("none")
-    nothing = replace(shared, pool=shared.pool.take(torch.arange(0)))
-    assert (
-        privacy.audit_card(hospitals.clients, hospitals.test, nothing, epsilon=3.0)["formal guarantee"]
-        == "epsilon = 3.0"
-    )
-
-
-@pytest.mark.slow
 def test_trials_are_made_in_other_processes():
     job = runs.Job("fedssg", 3, hospitals=3)
     ways = {"course": Sharing(), "own": Sharing(source=lambda *a: generator.ClosedForm()(*a))}
