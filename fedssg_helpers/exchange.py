@@ -111,7 +111,10 @@ def hand_out(channel, shared: Shared) -> list[tuple[int, int, str]]:
 
 
 def pretrain(net: Flat, pool, steps: int, seed: int, lr=0.05, *, view=AsIs(), styles=None):
-    """The server's own training of the first global weights (P,) on the pool: no real image, no hospital's step."""
+    """The server's own training of the first global weights (P,) on the pool: no real image, no hospital's step.
+
+    It has four parts of equal length, the last two with lower learning rates.
+    """
     weights, images, labels = net.weights.clone(), pool.images.to(net.weights.device), pool.labels
     known = dict(method=Method(batches=Balanced(), view=view), styles=styles, steps=steps // 4, batch=64)
     known["orientations"] = plausible_orientations(pool.images)

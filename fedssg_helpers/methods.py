@@ -164,7 +164,7 @@ class DeviceStyles(AsIs):
 class Mean:
     """FedAvg: the mean of the hospitals' weights, each weighted by its number of real images.
 
-    Updates are summed as they arrive, so memory stays flat. A ValueError for weights that are not finite, or none.
+    Updates are summed as they arrive, so one sum is kept in memory. A ValueError for weights that are not finite, or none.
     """
 
     def __call__(self, updates, weights, memory):
@@ -264,7 +264,9 @@ class Sharing:
 class Method:
     """A federated method: which parts it uses. The defaults are FedAvg."""
 
-    lr: float = 0.05  # local learning rate, above 0; it falls to 0 over the rounds along a half cosine
+    lr: float = (
+        0.05  # local learning rate, above 0; it falls almost to 0 over the rounds, along a half cosine
+    )
     loss: object = CrossEntropy()
     batches: object = Shuffled()
     gradient: object = Plain()

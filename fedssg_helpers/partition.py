@@ -50,7 +50,7 @@ class Federation:
     test: Client
     classes: tuple[str, ...]
     devices: tuple[str, ...]
-    setting: str  # how images were distributed: "by_device" or, for example, "ten_hospitals"
+    setting: str  # how images were distributed: "by_device" or, for example, "ten_hospitals"; "..._64": of 64 pixels
 
 
 def federate(images: ImageSet, seed: int = 0, *, count: int = 0, **skew) -> Federation:
@@ -68,6 +68,8 @@ def federate(images: ImageSet, seed: int = 0, *, count: int = 0, **skew) -> Fede
         parts = hospitals(images, train, count or 10, seed=seed, **skew)
         setting = "ten_hospitals" if len(parts) == 10 else f"{len(parts)}_hospitals"
     *clients, held = clients_of(images, [*parts, test])
+    side = images.images.shape[-1]
+    setting += "" if side == 28 else f"_{side}"  # results of other sizes are other results
     return Federation(clients, held, images.classes, images.devices, setting)
 
 

@@ -274,17 +274,25 @@ def test_same_seed_same_partition_other_seed_another():
     assert not all(np.array_equal(a, b) for a, b in zip(first, other))
 
 
+def test_results_of_images_of_another_size_have_a_setting_of_their_own():
+    data = tiny()
+    large = replace(data, images=np.zeros((len(data), 3, 64, 64), np.uint8))
+    assert partition.federate(large).setting == "ten_hospitals_64"
+    assert partition.federate(replace(large, simulated=False)).setting == "by_device_64"
+    assert partition.federate(data).setting == "ten_hospitals_8"
+
+
 def test_federation_is_by_device_where_devices_are_real():
     data = tiny()
     real = replace(data, simulated=False)
     federation = partition.federate(real)
-    assert federation.setting == "by_device" and len(federation.clients) == 3
+    assert federation.setting == "by_device_8" and len(federation.clients) == 3
     assert all(len(c.device.unique()) == 1 for c in federation.clients)
-    assert partition.federate(data).setting == "ten_hospitals"
-    assert partition.federate(real, count=4).setting == "4_hospitals"
+    assert partition.federate(data).setting == "ten_hospitals_8"
+    assert partition.federate(real, count=4).setting == "4_hospitals_8"
 
 
-@pytest.mark.parametrize("patients, setting", [(1, "ten_hospitals"), (2, "by_device"), (3, "by_device")])
+@pytest.mark.parametrize("patients, setting", [(1, "ten_hospitals_8"), (2, "by_device_8"), (3, "by_device_8")])
 def test_the_setting_does_not_depend_on_the_seed(patients, setting):
     """A few patients on a second scanner: on both sides of every split, or the scanner does not count."""
     data = replace(tiny(devices=1), simulated=False, devices=("p", "q"))
