@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODULES = {path.stem: path for path in (ROOT / "fedssg_helpers").glob("*.py")}
 # The map in the package's docstring: a module imports only modules above it.
 MAP = ast.get_docstring(ast.parse(MODULES["__init__"].read_text(encoding="utf-8")))
-ORDER = ["__init__", *re.findall(r"^(\w+) {2,}", MAP, flags=re.M), "__main__"]
+ORDER = ["__init__", *re.findall(r"^(\w+)(?: \*| ) +", MAP, flags=re.M), "__main__"]
 PLOTS = {"keys", "metrics"}  # of ours, all that a picture may need
 FLOWER = {"flwr.app", "flwr.clientapp", "flwr.serverapp", "flwr.serverapp.strategy"}  # what Flower documents
 
@@ -52,7 +52,7 @@ def sources():
                 yield f"{path.name}, cell {number}", re.sub(r"^\s*[%!].*", "pass", cell.source, flags=re.M)
 
 
-MOST_LINES = 5379  # in all: what it is today, so that it can only shrink; the house wants 3,000
+MOST_LINES = 5370  # in all: what it is today, so that it can only shrink; the house wants 3,000
 
 
 def test_size():
