@@ -16,7 +16,7 @@ TESTS ?= tests notebooks
 
 A3 = $(BIN)/python -m fedssg_helpers run --only A3 --out out/results --resume -p seeds 5 -p private true \
 	-p faults 20 -p poison_rounds 10 -p poison_hospitals 10 -p results $(CURDIR)/data/results/trust.csv
-A2 = $(BIN)/python -m fedssg_helpers run --only A2 --out out/results -p rounds 10 -p repeats 5 -p growth 4,16,64,256,1000 \
+A2 = $(BIN)/python -m fedssg_helpers run --only A2 --out out/results -p rounds 10 -p repeats 5 -p growth 4,16,64,256,1000 -p folder 20000 \
 	-p results $(CURDIR)/data/results/speed.csv
 FLOWER = 10x100x10,1000x100x5,1000x4x5
 
