@@ -188,7 +188,7 @@ def test_table(jobs, tmp_path):
     own = (table.method == "fedavg+la") & (table.seed == 1) & (table.metric == "accuracy")
     last = done[3].confusions[-1].sum(0)
     assert table[own].value.item() == np.trace(last) / last.sum()
-    assert set(table.setting) == {"by_device"}
+    assert set(table.setting) == {"by_device_16"}
 
 
 # ---------------------------------------- sizes
