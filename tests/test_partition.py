@@ -292,7 +292,9 @@ def test_federation_is_by_device_where_devices_are_real():
     assert partition.federate(real, count=4).setting == "4_hospitals_8"
 
 
-@pytest.mark.parametrize("patients, setting", [(1, "ten_hospitals_8"), (2, "by_device_8"), (3, "by_device_8")])
+@pytest.mark.parametrize(
+    "patients, setting", [(1, "ten_hospitals_8"), (2, "by_device_8"), (3, "by_device_8")]
+)
 def test_the_setting_does_not_depend_on_the_seed(patients, setting):
     """A few patients on a second scanner: on both sides of every split, or the scanner does not count."""
     data = replace(tiny(devices=1), simulated=False, devices=("p", "q"))
