@@ -120,10 +120,8 @@ if __name__ == "__main__":
         made = pd.read_csv(FILE)
         left = [(what, seed, *missing(what, seed, *rest)) for what, seed, *rest in todo]
         left = [entry for entry in left if entry[-1]]
-        minutes = sum(
-            runs * pixels(what) * what["rounds"] * what["images"] / 32 * step for what, *_, runs in left
-        )
-        minutes /= 60 * 2
+        steps = sum(runs * pixels(what) * what["rounds"] * what["images"] / 32 for what, *_, runs in left)
+        minutes = steps * step / 60 / 2
         print(
             f"left: {len(left)} calls, {sum(entry[-1] for entry in left):.0f} whole runs, about {minutes:.0f} minutes"
         )

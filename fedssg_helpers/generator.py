@@ -21,9 +21,7 @@ from .keys import one_thread
 from .models import augment, plausible_orientations, scale, unscale
 
 MINIMUM = 8  # a cell with fewer local images is not generated: its samples would be near copies
-FLOOR = (
-    1e-6  # least variance of the decoder's noise, in scaled units squared: a deviation of 0.06 grey levels
-)
+FLOOR = 1e-6  # least variance of the decoder's noise, scaled units squared: a deviation of 0.06 grey levels
 SIDE = 48  # pixels: larger images are made smaller for the generator, and its samples larger again where they arrive
 WIDTH = 32  # channels of the residual networks
 

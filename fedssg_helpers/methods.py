@@ -264,9 +264,7 @@ class Sharing:
 class Method:
     """A federated method: which parts it uses. The defaults are FedAvg."""
 
-    lr: float = (
-        0.05  # local learning rate, above 0; it falls almost to 0 over the rounds, along a half cosine
-    )
+    lr: float = 0.05  # local learning rate, above 0; over the rounds it falls almost to 0 along a half cosine
     loss: object = CrossEntropy()
     batches: object = Shuffled()
     gradient: object = Plain()

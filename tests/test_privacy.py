@@ -294,6 +294,7 @@ def test_no_place_for_a_canary_is_said(hospitals):
 # --- trials ---
 
 
+@pytest.mark.slow
 def test_trials_are_made_in_other_processes():
     job = runs.Job("fedssg", 3, hospitals=3)
     ways = {"course": Sharing(), "own": Sharing(source=lambda *a: generator.ClosedForm()(*a))}
