@@ -69,7 +69,7 @@ MOVES = {
     "03": {
         "rule": (1, "", "name"),
         "fill": (4, "", "picture"),
-        "floor": (2, "", "picture"),
+        "cell (floor)": (2, "", "picture"),
         "per image": (-2, r"up ([.\d]+) MB", "-"),
         "receive": (-8, r"to (\d+) to each", "-"),
         "may not share": (5, "", "picture"),
