@@ -78,36 +78,17 @@ def pixels(what: dict) -> float:
 
 def command(what: dict, seed: int, methods: list[str], rules: list[str]) -> list[str]:
     """The call of A1."""
-    options = {
-        "rounds": what["rounds"],
-        "hospitals": what["hospitals"],
+    options = {name: what[name] for name in ("rounds", "hospitals")} | {
         "seed": seed,
         "seeds": 1,
         "tuning": 10,
     }
-    options |= {"generators": what.get("generators", "false")}
-    options |= {
-        "methods": ",".join(methods) or "none",
-        "budgets": ",".join(rules),
-        "only_missing": "true",
-        "results": FILE,
-    }
+    options |= {"generators": what.get("generators", "false"), "only_missing": "true", "results": FILE}
+    options |= {"methods": ",".join(methods) or "none", "budgets": ",".join(rules)}
     words = [word for name, value in options.items() for word in ("-p", name, str(value))]
-    return [
-        sys.executable,
-        "-m",
-        "fedssg_helpers",
-        "run",
-        "--only",
-        "A1",
-        "--data",
-        what["data"],
-        "--size",
-        str(what.get("size", 28)),
-        "--out",
-        "out/results",
-        *words,
-    ]
+    side = str(what.get("size", 28))
+    where = ["--data", what["data"], "--size", side, "--out", "out/results"]
+    return [sys.executable, "-m", "fedssg_helpers", "run", "--only", "A1", *where, *words]
 
 
 if __name__ == "__main__":

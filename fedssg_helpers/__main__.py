@@ -232,9 +232,7 @@ def main(words: list[str] | None = None) -> int:
         where = error.filename or getattr(options, "out", None) or "a file"
         said, status = f"error: cannot read or write {where}: {error.strerror or error}{kept}", 2
     except KeyboardInterrupt:
-        logging.getLogger(
-            "asyncio"
-        ).disabled = True  # nobody waits for the interrupted cell's answer any more
+        logging.getLogger("asyncio").disabled = True  # nobody waits for the stopped cell's answer
         said, status = f"\nStopped.{kept}", 130
     print(said, file=sys.stderr)
     return status

@@ -59,8 +59,9 @@ class Job:
 
 @functools.lru_cache(maxsize=2)
 def images_of(data: str, data_dir: str = "", size: int = 28) -> sources.ImageSet:
-    """`data.load`, kept in memory."""
-    return sources.load(data, data_dir or None, size)
+    """`data.load`, kept in memory; what it warns of is said once, not by every worker process too."""
+    with warnings.catch_warnings(action="ignore" if multiprocessing.parent_process() else None):
+        return sources.load(data, data_dir or None, size)
 
 
 @functools.lru_cache(maxsize=4)

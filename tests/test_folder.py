@@ -513,6 +513,17 @@ def test_a_federation_is_not_held_in_memory(tmp_path):
     assert peak < 500  # held in memory, these copies take a thousand
 
 
+def test_what_is_wrong_with_a_folder_is_said_once_and_not_by_every_worker(tmp_path):
+    place = folders(tmp_path / "skin")
+    (place / "nv" / "torn.png").write_bytes(b"no picture")
+    jobs = f"[runs.Job('fedavg', s, 1, {str(place)!r}, hospitals=2) for s in (0, 1, 2)]"
+    code = f"from fedssg_helpers import runs; runs.run_many({jobs}, {str(tmp_path / 'out')!r}, workers=2)"
+    known = {"capture_output": True, "text": True, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    result = subprocess.run([sys.executable, "-c", code], **known)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("left out are") == 1 and len(list((tmp_path / "out" / "cache").iterdir())) == 3
+
+
 # ---------------------------------------- the command
 
 
