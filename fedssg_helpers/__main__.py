@@ -111,8 +111,7 @@ def run(options: argparse.Namespace) -> None:
     from . import partition, runs
 
     name, folder, own = data_of(options)
-    label = Path(name).name.removesuffix(".npz")
-    label = label if options.size == 28 else f"{label}-{options.size}"
+    label = Path(name).name.removesuffix(".npz") + (f"-{options.size}" if options.size != 28 else "")
     if own:  # two folders may hold an images.npz
         label += f"-{zlib.crc32(f'{folder}/{name}'.encode()):08x}"
     out = options.out or course.ROOT / "out" / f"run-{label}-{options.profile}"
@@ -135,6 +134,8 @@ def run(options: argparse.Namespace) -> None:
     cheaper = f"; -p rounds 5 makes it {less}" if less < about > 15 else ""
     print(f"About {about} minute{'s' * (about > 1)} on this machine{cheaper}.", flush=True)
     made_from = runs.data_digest(name, folder, options.size)[:16] + runs.code_digest()[:16]
+    del images  # the lessons load them again, in processes of their own
+    runs.images_of.cache_clear()
     course.run(paths, parameters, out, made_from, options.resume, everything=not options.only)
     seconds = f"{time.perf_counter() - start:.0f} s"
     print(f"{len(paths)} done in {seconds}: {out / 'notebooks'}. Pages of them: make book")

@@ -141,3 +141,18 @@ def test_a_lesson_for_which_a_set_is_too_small_goes_on_with_the_phantoms(name, t
             known |= {"data": str(tmp_path / "thin.npz"), "hospitals": 3, "seeds": 1, "workers": 1}
     assert "goes on with the built-in phantoms" in capsys.readouterr().out
     assert known["data"] == "phantom" and known["size"] == 28
+
+
+def test_real_size_goes_on_with_the_phantoms_where_a_set_has_one_size_only(tmp_path, quiet, capsys):
+    np.savez(tmp_path / "one.npz", images=np.zeros((60, 28, 28), np.uint8), labels=np.arange(60) % 3)
+    known, cells = {}, lesson("08")
+    (load,) = (i for i, source in enumerate(cells) if "goes on with the built-in phantoms" in source)
+    with warnings.catch_warnings(action="ignore"):
+        for source in cells[: load + 1]:
+            exec(source, known)
+            known |= {"data": str(tmp_path / "one.npz"), "number": 200} if source == cells[0] else {}
+    said = capsys.readouterr().out
+    assert (
+        "images are 28 x 28 pixels, but size is 64" in said and "goes on with the built-in phantoms" in said
+    )
+    assert known["worlds"].keys() == {28, 64, 128} and known["worlds"][64].name == "phantom"
