@@ -194,7 +194,7 @@ def plant(client: Client, image: Tensor, c: int, device: int) -> Client:
 
 
 def _look_for(image: Tensor, free: Tensor, samples: Tensor, copy: float, orientations) -> tuple[dict, Tensor]:
-    """Is a sample nearer than `copy`? Does the image resemble one more than 99 % of the `free` images do any? Which one?"""
+    """Is a sample nearer than `copy`? Is the image more like a sample than 99 % of the `free` ones are like any? Which?"""
     found = {"distance": np.inf, "copy": copy, "recovered": False, "noticed": False, "samples": len(samples)}
     if not len(samples):
         return found, torch.zeros_like(image)
@@ -209,9 +209,9 @@ def canaries(clients, outside: Client, agreed: Plan, seed: int, how: Sharing, *,
     """Plant one canary at a time in the smallest cells that are shared under a plan, and look for it in the upload.
 
     *Recovered*: the nearest sample is as good as a copy. Only 1 % of unseen images of the cell come so near to an image at
-    the source. *Noticed* asks for much less (the exposure of Carlini et al. 2019, arXiv 1802.08232): some sample resembles
-    the canary, more than 99 % of 500 mosaics that were not planted resemble any. Without a leak that happens to one
-    canary in a hundred, by chance.
+    the source. *Noticed* asks for much less (the exposure of Carlini et al. 2019, arXiv 1802.08232): the canary is more
+    like a sample than 99 % of 500 mosaics that were not planted are like any. Without a leak that happens to one canary
+    in a hundred, by chance.
 
     A DataFrame, a row per canary: source, class, device, held, distance (of the nearest sample, grey levels), copy
     (below this distance it is recovered), recovered, noticed, samples; the canaries; and the samples most like them.
