@@ -486,7 +486,7 @@ def test_a_deployment_in_which_a_hospital_dies(app, three, tmp_path, start):
     """One server and three hospitals as processes, with TLS and registered keys; one is killed after a round."""
     port, method = neighbouring_ports(app, 5), METHODS["fedssg_no_pretrain"]
     app.deploy.prepare(three, tmp_path, 0, port)
-    lines = app.deploy.commands(3, False, port, method="fedssg_no_pretrain", rounds=2, patience=60)
+    lines = app.deploy.commands(3, False, port, method="fedssg_no_pretrain", rounds=2, patience=45)
     app.deploy.until_listening(port, start("server", lines.pop("server")))
     with pytest.raises(ssl.SSLCertVerificationError), socket.create_connection(("127.0.0.1", port)) as raw:
         ssl.create_default_context().wrap_socket(raw, server_hostname="127.0.0.1")
@@ -519,7 +519,7 @@ def test_a_deployment_in_which_a_hospital_dies(app, three, tmp_path, start):
 
     run = runs.restore(tmp_path / "run.npz")
     assert run.took_part.tolist() == [[True, True, True], [True, True, False]]
-    assert run.missed == [(2, 2, "no answer within 60 seconds")]
+    assert run.missed == [(2, 2, "no answer within 45 seconds")]
     answered = {"update": 0, "test": 0}
 
     def dies(question, k, content, answer):
