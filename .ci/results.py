@@ -78,11 +78,8 @@ def pixels(what: dict) -> float:
 
 def command(what: dict, seed: int, methods: list[str], rules: list[str]) -> list[str]:
     """The call of A1."""
-    options = {name: what[name] for name in ("rounds", "hospitals")} | {
-        "seed": seed,
-        "seeds": 1,
-        "tuning": 10,
-    }
+    options = {name: what[name] for name in ("rounds", "hospitals")}
+    options |= {"seed": seed, "seeds": 1, "tuning": 10}
     options |= {"generators": what.get("generators", "false"), "only_missing": "true", "results": FILE}
     options |= {"methods": ",".join(methods) or "none", "budgets": ",".join(rules)}
     words = [word for name, value in options.items() for word in ("-p", name, str(value))]
