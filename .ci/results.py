@@ -71,9 +71,10 @@ def missing(what: dict, seed: int, methods: str, rules: str) -> tuple[list[str],
     )
 
 
-def pixels(what: dict) -> float:
-    """How many times the pixels of an image of 28 pixels: a step takes so much longer."""
-    return (what.get("size", 28) / 28) ** 2
+def cost(what: dict, runs: float) -> float:
+    """Processor seconds of the training steps alone: one takes as much longer as an image has more pixels."""
+    pixels = (what.get("size", 28) / 28) ** 2
+    return runs * pixels * what["rounds"] * what["images"] / 32 * step
 
 
 def command(what: dict, seed: int, methods: list[str], rules: list[str]) -> list[str]:
@@ -89,26 +90,27 @@ def command(what: dict, seed: int, methods: list[str], rules: list[str]) -> list
 
 
 if __name__ == "__main__":
-    end = time.monotonic() + 60 * float(sys.argv[1] if len(sys.argv) > 1 else "inf")
-    todo, step = (
-        [(what, FIRST + s, *rest) for what, seeds, *rest in PLAN if possible(what) for s in range(seeds)],
-        step_seconds(3, 28),
-    )
+    start = time.monotonic()
+    end = start + 60 * float(sys.argv[1] if len(sys.argv) > 1 else "inf")
+    todo = [(what, FIRST + s, *rest) for what, seeds, *rest in PLAN if possible(what) for s in range(seeds)]
+    step, done = step_seconds(3, 28), 0.0
     while time.monotonic() < end:
         made = pd.read_csv(FILE)
         left = [(what, seed, *missing(what, seed, *rest)) for what, seed, *rest in todo]
         left = [entry for entry in left if entry[-1]]
-        steps = sum(runs * pixels(what) * what["rounds"] * what["images"] / 32 for what, *_, runs in left)
-        minutes = steps * step / 60 / 2
+        # what the calls so far took, for each second of steps; a guess before the first
+        longer = (time.monotonic() - start) / done if done else 1.0
+        minutes = sum(cost(what, runs) for what, *_, runs in left) * longer / 60
         print(
             f"left: {len(left)} calls, {sum(entry[-1] for entry in left):.0f} whole runs, about {minutes:.0f} minutes"
         )
         if not left:
             break
-        what, seed, methods, rules, _ = left[0]
+        what, seed, methods, rules, runs = left[0]
         print(
             f"{what['data']}, {what['setting']}, seed {seed}: {', '.join(methods)}; budgets: {', '.join(rules)}",
             flush=True,
         )
         if subprocess.run(command(what, seed, methods, rules), cwd=ROOT).returncode:
             sys.exit("this call failed; its words are above")
+        done += cost(what, runs)
