@@ -131,14 +131,14 @@ def run(options: argparse.Namespace) -> None:
     fewer = {path: own | {"rounds": 5} for path, own in parameters.items()}
     seconds = (loading + seconds_of(p, len(images), *images.images.shape[1:3]) for p in (parameters, fewer))
     about, less = (max(1, round(s / 60)) for s in seconds)
-    cheaper = f"; -p rounds 5 makes it {less}" if less < about > 15 else ""
-    print(f"About {about} minute{'s' * (about > 1)} on this machine{cheaper}.", flush=True)
+    more = f"; -p rounds 5 makes it {less}" if less < about > 15 else ""
+    more += "; appendices are not counted" if any(path.name[:2] not in TAKES for path in paths) else ""
+    print(f"About {about} minute{'s' * (about > 1)} on this machine{more}.", flush=True)
     made_from = runs.data_digest(name, folder, options.size)[:16] + runs.code_digest()[:16]
     del images  # the lessons load them again, in processes of their own
     runs.images_of.cache_clear()
     course.run(paths, parameters, out, made_from, options.resume, everything=not options.only)
-    seconds = f"{time.perf_counter() - start:.0f} s"
-    print(f"{len(paths)} done in {seconds}: {out / 'notebooks'}. Pages of them: make book")
+    print(f"{len(paths)} done in {time.perf_counter() - start:.0f} s: {out / 'notebooks'}. Pages: make book")
 
 
 def rank(options: argparse.Namespace) -> None:

@@ -117,7 +117,7 @@ def test_a_run_with_a_failing_cell_and_its_resumption(folder, tmp_path, monkeypa
     (folder / "broken").unlink()
     assert start(folder, out, *words, "--resume") == 0
     said = capsys.readouterr().out
-    assert "00_first: done before" in said and f"{out / 'notebooks'}. Pages of them: make book" in said
+    assert "00_first: done before" in said and f"{out / 'notebooks'}. Pages: make book" in said
     assert (folder / "log.txt").read_text() == "first 7 1.0\nsecond 7 1.0\nsecond 7 1.0\n"
     assert {path.name for path in out.iterdir()} == {"results.csv", "notebooks", course.LOCK}
     assert {path.stem for path in (out / "notebooks").iterdir()} == {"00_first", "01_second"}
@@ -374,6 +374,9 @@ def test_the_time_is_said_beforehand(quick, tmp_path, capsys, monkeypatch):
         int, re.match(r"About (\d+) .*; -p rounds 5 makes it (\d+)\.", capsys.readouterr().out).groups()
     )
     assert 15 < short < 0.7 * long
+    (quick / "04_second.ipynb").rename(quick / "A1_second.ipynb")
+    assert start(quick, tmp_path / "out", "--only", "A1") == 0
+    assert "on this machine; appendices are not counted.\n" in capsys.readouterr().out
 
 
 def test_the_estimate_follows_what_takes_time(monkeypatch):
