@@ -380,8 +380,8 @@ def test_05_class_and_device_pick_a_line_of_the_file(monkeypatch):
         pair, metric = ("fedssg", "fedavg"), metric_of(what, device)
         one, other = (said(draw(setting, *order, what, device)) for order in (pair, pair[::-1]))
         mean = (known["scores"]("fedssg", metric) - known["scores"]("fedavg", metric)).mean()
-        assert number(r"= ([-+.\d]+) points", one) == pytest.approx(100 * mean, abs=0.051)
-        assert number(r"= ([-+.\d]+) points", one) == -number(r"= ([-+.\d]+) points", other)
+        assert number(r": ([-+.\d]+) points", one) == pytest.approx(100 * mean, abs=0.051)
+        assert number(r": ([-+.\d]+) points", one) == -number(r": ([-+.\d]+) points", other)
     with pytest.raises(ValueError, match="the file has no seed with all classes"):
         draw(setting, "fedssg", "fedavg", "macro_f1", "rosendahl")
 
