@@ -29,6 +29,7 @@ HAM = TEN | {"hospitals": 0, "setting": "by_device"}
 DERMA = HAM | {"data": "dermamnist", "rounds": 15}
 PHANTOM = {"data": "phantom", "hospitals": 0, "rounds": 15, "setting": "ten_hospitals", "images": 3365}
 RULES = "fedssg,uniform_shuffle"
+OTHERS = "class_only,device_only,oracle_real,duplication"
 PLAN = [  # what, seeds, methods, rules whose budget is varied
     (HAM, 10, CORE, RULES),
     (PHANTOM, 10, CORE, RULES),
@@ -36,14 +37,11 @@ PLAN = [  # what, seeds, methods, rules whose budget is varied
     (TEN, 10, CORE, RULES),
     (HAM, 20, MAIN, ""),
     (DERMA, 10, CORE, RULES),
-    (HAM, 10, "", "class_only,device_only,oracle_real,duplication"),
+    *((setting, 5, "", OTHERS) for setting in (HAM, DERMA, PHANTOM, TEN)),
     (HAM, 10, ",".join(METHODS), ""),
     (PHANTOM | {"size": 64, "setting": "ten_hospitals_64"}, 5, CORE, ""),
     (HAM | {"size": 64, "setting": "by_device_64"}, 5, CORE, ""),
-    *(
-        (setting, 10, "", "class_only,device_only,oracle_real,duplication")
-        for setting in (TEN, DERMA, PHANTOM)
-    ),
+    *((setting, 10, "", OTHERS) for setting in (HAM, DERMA, PHANTOM, TEN)),
 ]
 
 
