@@ -37,11 +37,11 @@ PLAN = [  # what, seeds, methods, rules whose budget is varied
     (TEN, 10, CORE, RULES),
     (HAM, 20, MAIN, ""),
     (DERMA, 10, CORE, RULES),
-    *((setting, 5, "", OTHERS) for setting in (HAM, DERMA, PHANTOM, TEN)),
+    (HAM, 10, "", OTHERS),
+    *((setting, 5, "", OTHERS) for setting in (DERMA, PHANTOM, TEN)),
     (HAM, 10, ",".join(METHODS), ""),
     (PHANTOM | {"size": 64, "setting": "ten_hospitals_64"}, 5, CORE, ""),
     (HAM | {"size": 64, "setting": "by_device_64"}, 5, CORE, ""),
-    *((setting, 10, "", OTHERS) for setting in (HAM, DERMA, PHANTOM, TEN)),
 ]
 
 
