@@ -29,8 +29,8 @@ _HUES = {
     4: {"uniform_shuffle": None, "duplication": 0.42},
     5: {"fedprox": None, "scaffold": 0.35},
     6: {"fedavgm": None},
-    7: {"fedavg": None, "local_only": 0.3, "synthetic_only": 0.82},
-    8: {"device_statistics": None, "local_normalisation": 0.18},
+    7: {"fedavg": None, "local_only": 0.3, "synthetic_only": 0.82, "class_only": 0.45},
+    8: {"device_statistics": None, "local_normalisation": 0.18, "device_only": 0.42},
     9: {"fedssg_no_pretrain": None},
 }
 _PALETTE = sns.color_palette("colorblind")

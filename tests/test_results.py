@@ -121,6 +121,24 @@ def test_readme_quotes_the_file(results):
         assert np.allclose(rounded[2:], said[2 : len(rounded)], atol=6e-2), method
 
 
+def test_readme_and_lesson_say_what_the_file_shows_of_rules(results):
+    """FedSSG minus another rule, seed by seed: at which budgets does the plain interval exclude 0?"""
+    here = (results.dataset == "ham10000") & (results.setting == "by_device") & (results.seed >= 1000)
+    rows = results[here & (results.metric == "balanced_accuracy")]
+    scores = rows.pivot(index="seed", columns="method", values="value")
+    better = {}
+    for rule in ("uniform_shuffle", "class_only", "device_only", "oracle_real", "duplication"):
+        better[rule] = []
+        for n in (25, 50, 100, 200, 500, 1500):
+            gains = 100 * (scores[f"fedssg: receive={n}"] - scores[f"{rule}: receive={n}"]).dropna()
+            mean, half = metrics.interval(gains)
+            assert len(gains) >= 8, (rule, n)
+            assert mean > -half or (rule, n) == ("oracle_real", 1500), (rule, n)
+            better[rule] += [n] * (mean > half)
+    assert not (better["uniform_shuffle"] or better["class_only"] or better["oracle_real"])
+    assert better["device_only"] == [50, 100] and better["duplication"] == [50, 100, 200, 500, 1500]
+
+
 # --- data/results/trust.csv ---
 
 
