@@ -85,11 +85,8 @@ def said(drawn) -> str:
 
 
 def test_every_method_has_a_colour_of_its_own_and_so_has_a_method_of_the_user():
-    fixed = {
-        *methods.METHODS,
-        "class_only",
-        "device_only",
-    }  # two rules that lesson 05 draws beside the methods
+    # lesson 05 draws two rules beside the methods
+    fixed = {*methods.METHODS, "class_only", "device_only"}
     assert set(plots.METHOD_COLOURS) == fixed
     assert len({tuple(colour) for colour in plots.METHOD_COLOURS.values()}) == len(fixed)
     for name in fixed:

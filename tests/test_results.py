@@ -137,6 +137,10 @@ def test_readme_and_lesson_say_what_the_file_shows_of_rules(results):
             better[rule] += [n] * (mean > half)
     assert not (better["uniform_shuffle"] or better["class_only"] or better["oracle_real"])
     assert better["device_only"] == [50, 100, 200] and better["duplication"] == [50, 100, 200, 500, 1500]
+    readme, lesson = ((ROOT / name).read_text() for name in ("README.md", "notebooks/05_did_it_help.ipynb"))
+    assert "looks only at devices, with 50 to 200 samples" in readme
+    assert "`device_only`: FedSSG is better at 50, 100 and 200 samples" in lesson
+    assert "`duplication`: copies are worse from 50 samples on" in lesson
 
 
 # --- data/results/trust.csv ---
