@@ -40,6 +40,7 @@ PLAN = [  # what, seeds, methods, rules whose budget is varied
     (HAM, 10, "", OTHERS),
     *((setting, 5, "", OTHERS) for setting in (DERMA, PHANTOM, TEN)),
     (HAM, 10, ",".join(METHODS), ""),
+    (HAM | {"ablations": "true"}, 10, "", ""),
     (PHANTOM | {"size": 64, "setting": "ten_hospitals_64"}, 5, CORE, ""),
     (HAM | {"size": 64, "setting": "by_device_64"}, 5, CORE, ""),
 ]
@@ -62,6 +63,7 @@ def missing(what: dict, seed: int, methods: str, rules: str) -> tuple[list[str],
         for name in lacking
     )
     others = 16 if "generators" in what and "vae from scratch: receive=500" not in there else 0
+    others += 5 if "ablations" in what and "fedssg: temperature=0.7" not in there else 0
     return (
         lacking,
         varied,
@@ -79,7 +81,8 @@ def command(what: dict, seed: int, methods: list[str], rules: list[str]) -> list
     """The call of A1."""
     options = {name: what[name] for name in ("rounds", "hospitals")}
     options |= {"seed": seed, "seeds": 1, "tuning": 10}
-    options |= {"generators": what.get("generators", "false"), "only_missing": "true", "results": FILE}
+    options |= {name: what.get(name, "false") for name in ("generators", "ablations")}
+    options |= {"only_missing": "true", "results": FILE}
     options |= {"methods": ",".join(methods) or "none", "budgets": ",".join(rules)}
     words = [word for name, value in options.items() for word in ("-p", name, str(value))]
     side = str(what.get("size", 28))
