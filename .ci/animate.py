@@ -33,7 +33,7 @@ EXCHANGE = """Every hospital has images of some classes only.
 2. The server asks every hospital for what others lack.
 3. Every hospital trains a generator on its own images.
 4. Every hospital uploads samples that its generator drew.
-5. The server sends every hospital samples that it lacks.
+5. The server sends samples of what a hospital lacks.
 Orange: synthetic images. No real image has moved."""
 
 
@@ -77,15 +77,16 @@ def one_round(clients, step, words):
     old = random.uniform(0.35, 0.75, 7)
     new = (old + random.uniform(-0.3, 0.3, (3, 7))).clip(0.08, 1)
     axis = stage(words, [f"hospital {k}: {n} images" for k, n in zip(WHO, images)])
-    arrows(axis, "weights" if step in (4, 6) else "", "weights" if step in (2, 6) else "")
-    middle = (602, TOPS[1], old, "C1", "weights"), (602, TOPS[1], images @ new / images.sum(), "C0", "mean")
+    arrows(axis, "weights" if step == 4 else "", "weights" if step in (2, 6) else "")
+    mean = images @ new / images.sum()
+    middle = (602, TOPS[1], old, "C1", "weights"), (602, TOPS[1], mean, "C0", "mean")
     shown = [middle[step >= 5]] * (step >= 1)
     for k, (client, y) in enumerate(zip(clients, TOPS)):
         for i in range(5):
             tile(axis, 18 + 44 * i, y + 40, client.images[i * len(client) // 5 :], REAL)
         mine, much = (new[k], f"C{k + 2}"), f"times {images[k] / images.sum():.2f}"
-        shown += [(256, y, *((old, "C1") if step == 2 else mine), "")] * (step >= 2)
-        shown += [(474, y, *mine, much if step >= 5 else "")] * (step >= 4)
+        shown += [(256, y, *{2: (old, "C1"), 6: (mean, "C0")}.get(step, mine), "")] * (step >= 2)
+        shown += [(474, y, *mine, much if step == 5 else "")] * (step in (4, 5))
     for x, y, values, colour, name in shown:
         axis.bar(x + 12 * np.arange(7), -44 * values, 10, y + 82, color=colour, align="edge")
         text(axis, x + 41, y + 95, name)

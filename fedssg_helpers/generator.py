@@ -29,7 +29,7 @@ WIDTH = 32  # channels of the residual networks
 class VAE(nn.Module):
     """Linear VAE plus a residual that starts at zero; images are (channels, size, size), codes z have `latent` values.
 
-    encoder: mean(x) = A (x - mu) + r(x),  log-variance(x) = a + s(x);  decoder: x(z) = mu + W z + t(z).
+    encoder: mean(x) = A (x - mu) + r(x),  log-variance(x) = log v + s(x);  decoder: x(z) = mu + W z + t(z).
     The last layers of the small networks r, s and t start at zero: an untrained VAE is exactly its linear part.
     """
 
@@ -117,7 +117,7 @@ def fit_linear(images, labels, latent: int, random, *, orientations=None, rows=1
 
 
 def _principal(x: Tensor, latent: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Variances (q,) along, and the axes (P, q), of centred rows x (N, P), by randomised SVD (Halko et al. 2011).
+    """Variances (q,) along, and the axes (M, q), of centred rows x (N, M), by randomised SVD (Halko et al. 2011).
 
     These are the steps of `torch.svd_lowrank`, which would draw from the global generator, shared by all threads.
     """
@@ -218,8 +218,8 @@ def fit_density(net: VAE, images, cells, shrink=30.0, *, orientations=None, most
     pooled = sum(int(numbers[c]) * scatter[c] for c in mean) / max(total, 1)
     factor = {}
     for c in mean:
-        own = trust(int(numbers[c]), shrink)
-        covariance = own * scatter[c] + (1 - own) * pooled + torch.diag(spread / total)
+        a = trust(int(numbers[c]), shrink)
+        covariance = a * scatter[c] + (1 - a) * pooled + torch.diag(spread / total)
         factor[c] = torch.linalg.cholesky(covariance).float()
     return Generator(net, mean, factor)
 
