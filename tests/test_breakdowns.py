@@ -18,6 +18,7 @@ import pytest
 from test_course import PHANTOM, PICTURE, log, write
 from test_data import medmnist_file, publisher
 
+from fedssg_helpers import __main__ as command
 from fedssg_helpers import course, data, runs
 from fedssg_helpers.__main__ import main
 
@@ -36,6 +37,7 @@ def folder(tmp_path):
 def phantom(monkeypatch):
     load = data.load
     monkeypatch.setattr(data, "load", lambda name, *rest: PHANTOM if name == "phantom" else load(name, *rest))
+    monkeypatch.setattr(command, "step_seconds", lambda *_: command.STEP)
     runs.images_of.cache_clear()
 
 

@@ -60,6 +60,7 @@ PHANTOM = data.load("phantom")  # once: the tests below are about running, not a
 def folder(tmp_path, monkeypatch):
     """Two lessons that note in log.txt that they ran; the second fails where a file `broken` exists."""
     monkeypatch.setattr(data, "load", lambda *a, **k: PHANTOM)
+    monkeypatch.setattr(command, "step_seconds", lambda *_: command.STEP)  # `doctor`'s test measures it
     monkeypatch.setenv("FEDSSG_DATA", "")
     lessons = tmp_path / "lessons {seed} {x}"  # braces mean nothing to us, but to papermill
     lessons.mkdir()
