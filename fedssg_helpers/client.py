@@ -44,11 +44,8 @@ class Faults:
 
     def of(self, seed: int, k: int, r: int) -> str:
         """What happens to hospital k in round r, "" for nothing: the same in every run of this seed."""
-        if not sum(vars(self).values()):
-            return ""
         ends = np.cumsum(list(vars(self).values()))
-        what = int((rng(seed, "fault", k, r).random() >= ends).sum())
-        return FAULTS[what] if what < len(FAULTS) else ""
+        return (*FAULTS, "")[(rng(seed, "fault", k, r).random() >= ends).sum()]
 
 
 PARTS[Faults.__name__] = Faults  # it travels in messages, as a method's parts do

@@ -111,9 +111,7 @@ def _check_labels(labels: np.ndarray, n: int, classes: int, path: Path) -> np.nd
         labels = labels[:, 0]
     cure = f"Save one value per image, shape ({n},). For one-hot rows: `labels = labels.argmax(1)`."
     require(labels.shape == (n,), path, f"labels have shape {labels.shape} for {n} images. {cure}")
-    cure = (
-        "`class_names, labels = np.unique(labels.astype(str), return_inverse=True)`; save class_names, too."
-    )
+    cure = "Save `class_names, labels = np.unique(labels.astype(str), return_inverse=True)`."
     require(labels.dtype.kind in "iub", path, f"labels are {labels.dtype}, not whole numbers. {cure}")
     low, high, most = int(labels.min()), int(labels.max()), classes - 1
     cause = f"labels run from {low} to {high}, out of the range 0 to {most}"

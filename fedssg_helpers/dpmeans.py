@@ -178,20 +178,16 @@ class DPMeans:
 
     epsilon: float = 3.0
     delta: float = 1e-5  # for each hospital
-    clip: float = (
-        3.5  # longest vector of a group about the hospital's centre, in units of the phantoms' spread
-    )
+    clip: float = 3.5  # longest vector of a group about the centre, in units of the phantoms' spread
     temperature: float = 0.9
 
     per_group = True  # `client.synthesise` hands over the groups
 
     def __post_init__(self):
-        needed = "above 0 (infinite: no noise)"
-        require(self.epsilon > 0, "the private generator's epsilon", self.epsilon, needed)
-        require(0 < self.clip < np.inf, "the private generator's clip", self.clip, "above 0, and finite")
-        require(0 < self.delta < 1, "the private generator's delta", self.delta, "in 0..1, both excluded")
-        good = 0 <= self.temperature < np.inf
-        require(good, "the private generator's temperature", self.temperature, "0 or more")
+        require(self.epsilon > 0, "epsilon", self.epsilon, "above 0 (infinite: no noise)")
+        require(0 < self.clip < np.inf, "clip", self.clip, "above 0, and finite")
+        require(0 < self.delta < 1, "delta", self.delta, "in 0..1, both excluded")
+        require(0 <= self.temperature < np.inf, "temperature", self.temperature, "0 or more")
 
     @one_thread()
     def __call__(self, images, labels, cells, random, orientations=None, groups=None):

@@ -45,11 +45,6 @@ class Reports:
     shape: tuple[int, int, int]  # of an image
     testers: list[int]  # hospitals with test images
 
-    @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        """Of a sample: large images are made smaller for the generator."""
-        return (self.shape[0], *(min(side, SIDE) for side in self.shape[1:]))
-
 
 def gather_reports(channel, hospitals: int, styles: bool) -> Reports:
     """Ask all hospitals what they have. A ValueError where one does not answer or does not fit the others."""
@@ -71,7 +66,8 @@ def gather_reports(channel, hospitals: int, styles: bool) -> Reports:
 def exchange(channel, reports: Reports, how: Sharing, seed: int) -> Shared:
     """Plan, ask every hospital for its samples, check them, and say who receives which of the pool."""
     agreed, costs = sharing.plan(reports.have, how.rule, how.budget), dict.fromkeys(COSTS, 0.0)
-    none = torch.empty(0, *reports.sample_shape, dtype=torch.uint8), *torch.empty(2, 0, dtype=torch.int64)
+    shape = reports.shape[0], *(min(side, SIDE) for side in reports.shape[1:])  # of a sample: see `SIDE`
+    none = torch.empty(0, *shape, dtype=torch.uint8), *torch.empty(2, 0, dtype=torch.int64)
     uploads, refused, rejected, sizes = {}, {}, np.zeros_like(agreed.want), {}
     oracle = isinstance(how.source, RealImages)  # a bound, not a protocol: its images are not judged
     asked = {k: dict(seed=seed, sharing=how, wanted=torch.from_numpy(x)) for k, x in enumerate(agreed.upload)}
@@ -79,9 +75,7 @@ def exchange(channel, reports: Reports, how: Sharing, seed: int) -> Shared:
         if answer:
             why = checks.misfit(answer, seconds=0, rejected=asked[k]["wanted"])
             if not why:
-                uploads[k], why = checks.opened(
-                    answer, agreed.upload[k], reports.sample_shape, any_size=oracle
-                )
+                uploads[k], why = checks.opened(answer, agreed.upload[k], shape, any_size=oracle)
         if why:
             refused[k], uploads[k] = why, none
         else:
@@ -111,10 +105,7 @@ def hand_out(channel, shared: Shared) -> list[tuple[int, int, str]]:
 
 
 def pretrain(net: Flat, pool, steps: int, seed: int, lr=0.05, *, view=AsIs(), styles=None):
-    """The server's own training of the first global weights (P,) on the pool: no real image, no hospital's step.
-
-    It has four parts of equal length, the last two with lower learning rates.
-    """
+    """The server's own training of the first global weights (P,) on the pool: no real image, no hospital's step."""
     weights, images, labels = net.weights.clone(), pool.images.to(net.weights.device), pool.labels
     known = dict(method=Method(batches=Balanced(), view=view), styles=styles, steps=steps // 4, batch=64)
     known["orientations"] = plausible_orientations(pool.images)

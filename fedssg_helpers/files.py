@@ -103,15 +103,14 @@ def room(shape) -> np.ndarray:
     number = math.prod(shape)
     if number <= IN_MEMORY:
         return np.empty(shape, np.uint8)
+    folder = out_folder()
     try:
-        with tempfile.TemporaryFile(dir=out_folder()) as file:
+        with tempfile.TemporaryFile(dir=folder) as file:
             getattr(os, "posix_fallocate", lambda *_: None)(file.fileno(), 0, number)  # fails here, not later
             return np.memmap(file, np.uint8, "r+", shape=shape)
     except OSError as error:
         cure = "Free space there, or set FEDSSG_OUT to another folder."
-        raise DataError(
-            f"{out_folder()}: no room for {number >> 20} MiB of images ({error}). {cure}"
-        ) from error
+        raise DataError(f"{folder}: no room for {number >> 20} MiB of images ({error}). {cure}") from error
 
 
 def pick(images: np.ndarray, rows) -> np.ndarray:

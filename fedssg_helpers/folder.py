@@ -136,9 +136,8 @@ def _decoded(folder: Path, rows: list[dict[str, str]], size: int, file: Path) ->
             out.write(image)
             digests.append(hashlib.blake2b(image, digest_size=16).hexdigest())
             kept.append(i)
-        require(
-            len(kept) > 0, folder, f"no picture can be read, such as {''.join(bad[:1])}. Save them again."
-        )
+        cause = f"no picture can be read, such as {''.join(bad[:1])}. Save them again."
+        require(len(kept) > 0, folder, cause)
         out.seek(0)  # NumPy leaves room for another number in the header
         np.lib.format.write_array_header_1_0(out, header | {"shape": (len(kept), *header["shape"][1:])})
     names, labels = np.unique([row["label"] for row in rows], return_inverse=True)

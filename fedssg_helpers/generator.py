@@ -235,11 +235,7 @@ def fit(images, labels, cells, random, orientations=None, *, latent=200, steps=0
 
 @dataclass(frozen=True)
 class ClosedForm:
-    """The course's own source of samples: `fit` with `latent` and `steps`, sampled at `temperature`.
-
-    Any function ``(images, labels, cells, random, orientations) -> sample`` is a source, where
-    ``sample(cell, number, random)`` gives uint8 images (number, C, H, W).
-    """
+    """The course's own source of samples: `fit` with `latent` and `steps`, sampled at `temperature`."""
 
     latent: int = 200
     steps: int = 0

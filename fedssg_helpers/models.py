@@ -201,11 +201,8 @@ def plausible_orientations(images: torch.Tensor) -> list[int]:
 
 
 @torch.no_grad()
-def predict(net: nn.Module, images: torch.Tensor, batch: int = 512) -> torch.Tensor:
-    """Most likely class (N,), int64, of images (N, C, H, W) that the network takes; computed where the network is.
-
-    At once `batch` images, or as many as have 2 ** 23 values: of 224 pixels, 55 in colour.
-    """
+def predict(net: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Most likely class (N,), int64, of images (N, C, H, W) that the network takes; computed where the network is."""
     place = next(net.parameters()).device
-    batch = max(1, min(batch, 2**23 // images.shape[1:].numel()))
+    batch = max(1, min(512, 2**23 // images.shape[1:].numel()))  # of 224 pixels in colour: 55
     return torch.cat([net(part.to(place)).argmax(1).cpu() for part in images.split(batch)])

@@ -75,14 +75,9 @@ def federate(images: ImageSet, seed: int = 0, *, count: int = 0, **skew) -> Fede
 
 def clients_of(images: ImageSet, parts: list[np.ndarray]) -> list[Client]:
     """The hospitals' data, as tensors, for a partition given as positions of images."""
-    rows = np.concatenate(parts)
-    arrays = (
-        pick(images.images, rows),
-        *(getattr(images, name)[rows] for name in ("labels", "device", "group")),
-    )
-    whole = vars(Client(*map(torch.from_numpy, arrays))).values()
-    ends = np.cumsum([0, *map(len, parts)])
-    return [Client(*(part[a:b] for part in whole)) for a, b in zip(ends, ends[1:])]
+    whole, sizes = images.subset(np.concatenate(parts)), list(map(len, parts))
+    arrays = whole.images, whole.labels, whole.device, whole.group
+    return [Client(*own) for own in zip(*(torch.from_numpy(array).split(sizes) for array in arrays))]
 
 
 def split(images: ImageSet, test: float = 0.25, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -153,9 +148,8 @@ def hospitals(images, index, count=10, *, alpha=0.3, device_mix=0.0, size_skew=0
     """
     if not (0 < alpha < np.inf and 0 <= device_mix <= 1 and 0 <= size_skew < np.inf and 1 <= tail < np.inf):
         given = f"alpha is {alpha}, device_mix {device_mix}, size_skew {size_skew}, tail {tail}"
-        raise ValueError(
-            f"{given}; needed are finite numbers: alpha > 0, device_mix in 0..1, size_skew >= 0, tail >= 1"
-        )
+        needed = "finite numbers: alpha > 0, device_mix in 0..1, size_skew >= 0, tail >= 1"
+        raise ValueError(f"{given}; needed are {needed}")
     groups, first, inverse = np.unique(images.group[index], return_index=True, return_inverse=True)
     if not 1 <= count <= len(groups):
         raise ValueError(f"count is {count}; there are lesions or patients for 1 to {len(groups)} hospitals")

@@ -75,7 +75,7 @@ def _reference(images: Tensor, groups, unseen: Tensor, unseen_groups, orientatio
 
 
 @one_thread()
-def membership(clients, outside: Client, pool: Pool, *, groups=None, seed=0, most=200) -> pd.DataFrame:
+def membership(clients, outside: Client, pool: Pool, *, seed=0, most=200) -> pd.DataFrame:
     """The membership attack: was this image among those that the source learnt from?
 
     The attacker holds a candidate image with its class and device, and what the hospital uploaded. Two scores, each
@@ -83,12 +83,11 @@ def membership(clients, outside: Client, pool: Pool, *, groups=None, seed=0, mos
     of all uploads of the hospital; the reference is that to the nearest unseen image of the class (difficulty
     calibration, Watson et al. 2022, arXiv 2111.08440), because typical images are near to everything.
 
-    `outside` are real images that no hospital holds, their lesions or patients `groups` (N,). A row per candidate, at
-    most `most` members and non-members of a cell: source, class, device, held (images of the cell at the source),
+    `outside` are real images of lesions or patients that no hospital holds. A row per candidate, at most `most` members and non-members of a cell: source, class, device, held (images of the cell at the source),
     member, nearest, subspace. Cells with fewer than two outside images are left out.
     """
-    clients, outside = [small(client) for client in clients], small(outside)
-    groups, parts = np.arange(len(outside)) if groups is None else np.asarray(groups), []
+    clients, outside, parts = [small(client) for client in clients], small(outside), []
+    groups = np.arange(len(outside)) if outside.group is None else outside.group.numpy()
     planes = {k: subspace(pool.images[pool.source == k]) for k in pool.source.unique().tolist()}
     for (k, c, d), inside, others, rows, orientations in _cells(clients, outside, pool):
         like, random = np.flatnonzero(outside.labels.numpy() == c), rng(seed, "candidates", k, c * 1000 + d)
@@ -236,12 +235,6 @@ def canaries(clients, outside: Client, agreed: Plan, seed: int, how: Sharing, *,
     return pd.DataFrame(rows), torch.cat(planted), torch.cat(nearest)
 
 
-def test_groups(job: runs.Job) -> np.ndarray:
-    """Lesion or patient of each test image of a job, int64: the groups that `membership` asks for."""
-    images = runs.images_of(job.data, job.data_dir, job.size)
-    return images.group[partition.split(images, seed=job.seed)[1]]
-
-
 def taught(pool: Pool, federation: partition.Federation, seed: int, steps: int = 200) -> np.ndarray:
     """What samples teach: recall of each class (C,) on real test images, after `steps` of training on samples alone."""
     sizes = len(federation.classes), len(federation.devices)
@@ -256,8 +249,7 @@ def _trial(packed: bytes) -> dict[str, float]:
     job, how, steps, most = pickle.loads(packed)  # from the parent process
     federation = runs.federation_of(job)
     shared = server.share(federation, how, job.seed)
-    options = {"groups": test_groups(job), "seed": job.seed, "most": most}
-    table = membership(federation.clients, federation.test, shared.pool, **options)
+    table = membership(federation.clients, federation.test, shared.pool, seed=job.seed, most=most)
     asked = steps and len(shared.pool)
     found = {"taught": np.nanmean(taught(shared.pool, federation, job.seed, steps)) if asked else np.nan}
     found |= {"samples": len(shared.pool), "rejected": shared.rejected.sum()}

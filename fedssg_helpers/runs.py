@@ -211,9 +211,7 @@ def possible(workers: int) -> int:
         multiprocessing.get_context("spawn").Lock()  # needs /dev/shm
         Listener().close()  # needs a short name for a socket
     except (ImportError, OSError) as error:
-        cause = (
-            f"this machine cannot start worker processes ({error}): is there a /dev/shm, and is TMPDIR short?"
-        )
+        cause = f"this machine cannot start worker processes ({error}): no /dev/shm, or TMPDIR is too long."
         warnings.warn(f"{cause} All is computed in one process, slower, with the same numbers.", stacklevel=3)
         return 1
     return workers

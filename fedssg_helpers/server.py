@@ -213,8 +213,7 @@ def serve(
         run, memory = _resumed(go_on, run, rounds, trainers)
     each = 0 if method.pooled or pool is not None else 4 * int((~staying(net, method.stays)).sum())
     asked = dict(rounds=rounds, seed=seed, method=method, epochs=epochs, steps=steps, faults=faults) | styles
-    testers = reports.testers
-    told = Conversation(method, trainers, channel, images, testers, asked, run, memory, each)
+    told = Conversation(method, trainers, channel, images, reports.testers, asked, run, memory, each)
     return told.all_rounds(after_round or (lambda r, run: None))
 
 

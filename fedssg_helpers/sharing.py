@@ -77,9 +77,6 @@ class Pool:
         return Pool(*(torch.cat(parts) for parts in zip(*uploads)), torch.cat(source))
 
 
-# --- who has what ---
-
-
 def reports(clients: list[Client], classes: int, devices: int) -> np.ndarray:
     """What hospitals tell the server: images per class and device, int64 (K, C, D)."""
     for k, c in enumerate(clients):
@@ -104,9 +101,6 @@ def supply(have: np.ndarray, budget: Budget = Budget()) -> np.ndarray:
     """Images (K, C, D) that each hospital's *others* can learn a cell from."""
     able = credible(have, budget)
     return able.sum(0) - able
-
-
-# --- rules: a function of (have, budget) that returns wishes (K, C, D), numbers >= 0 ---
 
 
 def class_and_device(have: np.ndarray, budget: Budget) -> np.ndarray:
@@ -152,9 +146,6 @@ def uniform(have: np.ndarray, budget: Budget) -> np.ndarray:
 
 
 RULES = {rule.__name__: rule for rule in (class_and_device, uniform, class_only, device_only)}
-
-
-# --- the plan ---
 
 
 def _shares(weight: np.ndarray, axis) -> np.ndarray:
@@ -226,9 +217,6 @@ def distribute(wishes: np.ndarray, pool: Pool, client: int, seed: int) -> torch.
     return torch.from_numpy(np.concatenate(rows))
 
 
-# --- what travels ---
-
-
 def packed(images: torch.Tensor) -> list[bytes]:
     """uint8 images (N, C, H, W) as they travel: lossless WebP pictures of up to 100 images, one below the other.
 
@@ -250,9 +238,6 @@ def unpacked(pictures: list[bytes], channels: int, size: int) -> torch.Tensor:
         column = np.array(Image.open(io.BytesIO(picture), formats=["WEBP"]).convert("RGB"))[..., :channels]
         parts.append(torch.from_numpy(column).reshape(-1, size, size, channels).permute(0, 3, 1, 2))
     return torch.cat(parts)
-
-
-# --- devices' styles ---
 
 
 def channel_sums(client: Client, devices: int) -> torch.Tensor:

@@ -37,11 +37,6 @@ def hospitals():
     return partition.federate(IMAGES, 0, count=4)
 
 
-@pytest.fixture(scope="module")
-def groups():
-    return IMAGES.group[partition.split(IMAGES, seed=0)[1]]
-
-
 def noise(number: int, seed: int = 0, size: int = 16) -> torch.Tensor:
     return torch.from_numpy(
         np.random.default_rng(seed).integers(0, 256, (number, 3, size, size), dtype=np.uint8)
@@ -178,17 +173,17 @@ def test_a_cell_with_too_few_inliers_is_not_uploaded(hospitals, monkeypatch):
 # --- attacks ---
 
 
-def test_sharing_real_images_is_found_out(hospitals, groups):
+def test_sharing_real_images_is_found_out(hospitals):
     everything = Sharing(source=RealImages(), budget=Budget(receive=5000))
     shared = server.share(hospitals, everything, 0)
-    found = privacy.membership(hospitals.clients, hospitals.test, shared.pool, groups=groups)
+    found = privacy.membership(hospitals.clients, hospitals.test, shared.pool)
     sent = found[found.held <= 60]  # of small cells a large part was uploaded
     assert privacy.auc(sent, "nearest") > 0.75 and privacy.auc(sent, "subspace") > 0.75
     assert privacy.true_positives(sent, "nearest") > 0.4
     assert privacy.pairs(hospitals.clients, hospitals.test, shared.pool).distance.max() < 0.5
 
 
-def test_who_was_not_learnt_from_is_not_found(hospitals, groups):
+def test_who_was_not_learnt_from_is_not_found(hospitals):
     """The attack on strangers who are said to be members: what it makes of no leak at all."""
     parts = [c.take(torch.arange(i, len(c), 2)) for c in hospitals.clients for i in (0, 1)]
     learnt, others = parts[::2], parts[1::2]
@@ -198,7 +193,7 @@ def test_who_was_not_learnt_from_is_not_found(hospitals, groups):
     group = [np.array([rows[image.tobytes()] for image in c.images.numpy()]) for c in parts]
     alone = [torch.from_numpy(~np.isin(b, a)) for a, b in zip(group[::2], group[1::2])]
     strangers = [c.take(s) for c, s in zip(others, alone)]
-    found = privacy.membership(strangers, hospitals.test, shared.pool, groups=groups)
+    found = privacy.membership(strangers, hospitals.test, shared.pool)
     assert found.member.sum() > 300
     for attack in privacy.ATTACKS:
         assert abs(privacy.auc(found, attack) - 0.5) < 0.06
