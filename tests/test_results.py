@@ -143,7 +143,7 @@ def test_readme_and_lesson_say_what_the_file_shows_of_rules(results):
     gains = {n: 100 * (ten[f"fedssg: receive={n}"] - ten[f"class_only: receive={n}"]).dropna() for n in BUDGETS}
     assert [n for n in BUDGETS if gains[n].mean() < -metrics.interval(gains[n])[1]] == [25, 50, 100]
     readme, lesson = ((ROOT / name).read_text() for name in ("README.md", "notebooks/05_did_it_help.ipynb"))
-    assert "looks only at devices, with 50 to 200\nsamples" in readme
+    assert "looks only at\ndevices, with 50 to 200 samples" in readme
     assert "with ten hospitals and 25 to 100 samples it is worse" in readme
     assert "FedSSG is *worse*: at 25, 50 and 100 samples on HAM10000" in lesson
     assert "`device_only`: FedSSG is better at 50, 100 and 200 samples" in lesson
