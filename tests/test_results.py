@@ -140,7 +140,9 @@ def test_readme_and_lesson_say_what_the_file_shows_of_rules(results):
     assert not (better["uniform_shuffle"] or better["class_only"] or better["oracle_real"])
     assert better["device_only"] == [50, 100, 200] and better["duplication"] == [50, 100, 200, 500, 1500]
     ten = scores_of(results, "ham10000", "ten_hospitals")
-    gains = {n: 100 * (ten[f"fedssg: receive={n}"] - ten[f"class_only: receive={n}"]).dropna() for n in BUDGETS}
+    gains = {
+        n: 100 * (ten[f"fedssg: receive={n}"] - ten[f"class_only: receive={n}"]).dropna() for n in BUDGETS
+    }
     assert [n for n in BUDGETS if gains[n].mean() < -metrics.interval(gains[n])[1]] == [25, 50, 100]
     readme, lesson = ((ROOT / name).read_text() for name in ("README.md", "notebooks/05_did_it_help.ipynb"))
     assert "looks only at\ndevices, with 50 to 200 samples" in readme
