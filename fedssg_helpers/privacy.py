@@ -83,8 +83,8 @@ def membership(clients, outside: Client, pool: Pool, *, seed=0, most=200) -> pd.
     of all uploads of the hospital; the reference is that to the nearest unseen image of the class (difficulty
     calibration, Watson et al. 2022, arXiv 2111.08440), because typical images are near to everything.
 
-    `outside` are real images of lesions or patients that no hospital holds. A row per candidate, at most `most` members and non-members of a cell: source, class, device, held (images of the cell at the source),
-    member, nearest, subspace. Cells with fewer than two outside images are left out.
+    `outside` are real images that no hospital holds. A row per candidate, at most `most` members and non-members of a
+    cell: source, class, device, held (images there), member, nearest, subspace. Fewer than two of `outside`: no row.
     """
     clients, outside, parts = [small(client) for client in clients], small(outside), []
     groups = np.arange(len(outside)) if outside.group is None else outside.group.numpy()

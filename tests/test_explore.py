@@ -455,3 +455,21 @@ def test_a_font_with_wider_characters_is_used_where_it_is_installed(monkeypatch)
     used = {}
     plots.theme()
     assert used["font.family"] == ["sans-serif", "Arial Unicode MS", "SimHei"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "expected", "said"),
+    [
+        (None, 0.259138, "Not done yet"),
+        (0.259138, 0.259138, "Correct."),
+        (0.26, 0.259138, "Nearly"),
+        ([0.6, 0.17], [0.603, 0.1667], "Nearly"),
+        (0.3, 0.259138, "Not yet: look"),
+        ([0.26], 0.259138, "Not yet: the answer has shape"),
+        (1001, 1000, "Not yet: look"),  # a count is right or wrong
+        ([True, False], [True, True], "Not yet: look"),
+    ],
+)
+def test_a_rounded_answer_is_nearly_right_and_a_wrong_count_is_not(answer, expected, said, capsys):
+    explore.check(answer, expected, "look")
+    assert capsys.readouterr().out.startswith(said)

@@ -52,7 +52,7 @@ def sources():
                 yield f"{path.name}, cell {number}", re.sub(r"^\s*[%!].*", "pass", cell.source, flags=re.M)
 
 
-MOST_LINES = 5308
+MOST_LINES = 5308  # in all: what it is today, so that it can only shrink; the house wants 3,000
 
 
 def test_size():
